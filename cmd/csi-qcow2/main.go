@@ -1,0 +1,18 @@
+// Command csi-qcow2 is a CSI driver whose volumes are qcow2 images, and the
+// tools that belong to it. Run `csi-qcow2 help`.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
