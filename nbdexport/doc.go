@@ -1,0 +1,2 @@
+// Package nbdexport serves virtual disks over the NBD protocol.
+package nbdexport

@@ -1,0 +1,14 @@
+package nbdexport
+
+import "errors"
+
+// Errors that a caller can act on. Compare with errors.Is.
+var (
+	// ErrServerClosed: Serve was called on, or ended by, a closed Server.
+	ErrServerClosed = errors.New("nbdexport: server closed")
+	// ErrProtocol: the client broke the protocol in a way that leaves no
+	// common position in the stream; its connection was closed.
+	ErrProtocol = errors.New("nbdexport: protocol violation")
+	// ErrExportExists: the server has an export of this name already.
+	ErrExportExists = errors.New("nbdexport: export exists")
+)
