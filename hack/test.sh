@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# test.sh [PART...]: run the parts of `make test` (default: all), each to its
+# end even when an earlier one failed, and say at last what held. Exit status 0
+# only if everything did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+parts=("$@")
+((${#parts[@]})) || parts=(lint unit sanity kernel demo manifests)
+
+# Packages with a part of their own: they need root, a device or a machine.
+apart='/(test/(sanity|kernel)|internal/demo)$'
+
+lint() {
+	local unformatted
+	unformatted=$(git ls-files '*.go' | xargs -r gofmt -l) || return
+	if [[ $unformatted ]]; then
+		printf 'not formatted, run make fmt:\n%s\n' "$unformatted"
+		return 1
+	fi
+	go vet ./... &&
+		go tool -modfile=hack/tools/go.mod staticcheck ./... &&
+		go test ./internal/lint
+}
+
+unit() {
+	local packages
+	packages=$(go list ./...) || return
+	# shellcheck disable=SC2046 # one word per package
+	go test -race -timeout 20m $(grep -Ev "$apart" <<<"$packages")
+}
+
+sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
+
+kernel() { go test -count=1 -timeout 15m ./test/kernel/...; }
+
+demo() {
+	go test -count=1 -timeout 10m ./internal/demo
+}
+
+manifests() { (cd deploy/kubernetes/check && go vet ./... && go test -count=1 ./...); }
+
+summary=()
+failed=0
+for part in "${parts[@]}"; do
+	if [[ $(type -t "$part") != function ]]; then
+		echo "test.sh: no part $part" >&2
+		exit 2
+	fi
+	printf '\n=== %s\n' "$part"
+	begin=$SECONDS
+	if "$part"; then result=ok; else result=FAILED failed=1; fi
+	summary+=("$(printf '%-10s %-7s %4d s' "$part" "$result" $((SECONDS - begin)))")
+done
+
+printf '\n'
+printf '%s\n' "${summary[@]}"
+if ((failed)); then echo "make test: something does not hold, see FAILED above"; else echo "make test: everything holds, ${SECONDS} s"; fi
+exit "$failed"
