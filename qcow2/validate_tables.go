@@ -1,0 +1,61 @@
+package qcow2
+
+import (
+	"cmp"
+	"slices"
+)
+
+// A tableRange is where a structure that the header leads to lies.
+type tableRange struct {
+	name     string
+	off, end HostOffset
+}
+
+// validateTables verifies that the tables that h leads to (active L1 table,
+// refcount table, snapshot table and the L1 tables of the snapshots) exist,
+// keep the limits and do not overlap one another or the header cluster.
+// Writing one of them would else destroy another.
+func validateTables(f File, h *header) error {
+	g := h.geometry()
+	if h.refcountTableClusters == 0 {
+		return corruptf("refcount table", h.refcountTableOffset, "the header says that there is none; repair the image")
+	}
+	records, tableBytes, err := readSnapshotTableSize(f, h)
+	if err != nil {
+		return err
+	}
+	ranges := []tableRange{{name: "header", end: HostOffset(g.clusterSize)}}
+	add := func(name string, off HostOffset, bytes int64) {
+		if bytes > 0 {
+			ranges = append(ranges, tableRange{name, off, off + HostOffset(g.roundUp(bytes))})
+		}
+	}
+	add("L1 table", h.l1Offset, int64(h.l1Size)*entryBytes)
+	add("refcount table", h.refcountTableOffset, int64(h.refcountTableClusters)*g.clusterSize)
+	add("snapshot table", h.snapshotsOffset, tableBytes)
+	for i := range records {
+		s := &records[i]
+		if err := s.validateL1(&g); err != nil {
+			return err
+		}
+		add("snapshot L1 table", s.l1Offset, int64(s.l1Size)*entryBytes)
+	}
+	slices.SortStableFunc(ranges, func(a, b tableRange) int { return cmp.Compare(a.off, b.off) })
+	for i := 1; i < len(ranges); i++ {
+		if prev, r := ranges[i-1], ranges[i]; r.off < prev.end {
+			return corruptf(r.name, r.off, "overlaps the %s at %#x", prev.name, uint64(prev.off))
+		}
+	}
+	return nil
+}
+
+// validateL1 checks the place of the snapshot's L1 table.
+func (s *snapshotRecord) validateL1(g *geometry) error {
+	switch {
+	case !g.aligned(s.l1Offset) || s.l1Offset >= maxHostOffset:
+		return corruptf("snapshot L1 table", s.l1Offset, "the offset in snapshot %q is not a multiple of the cluster size %d below 2^56", s.id, g.clusterSize)
+	case int64(s.l1Size)*entryBytes > maxL1Bytes:
+		return corruptf("snapshot L1 table", s.l1Offset, "%d entries in snapshot %q, more than %d", s.l1Size, s.id, maxL1Bytes/entryBytes)
+	}
+	return nil
+}
