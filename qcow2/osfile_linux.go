@@ -122,6 +122,10 @@ func directAlignment(fd int) (mem uintptr, block int64) {
 // Name returns the path that the file was opened by.
 func (f *OSFile) Name() string { return f.name }
 
+// Lock takes the locks of m, too, and keeps those that the file holds. After an
+// error it may hold some of them until Close.
+func (f *OSFile) Lock(m LockMode) error { return lockFile(int(f.fd.Load()), f.name, m) }
+
 // Stat returns the file's os.FileInfo, by which two paths of one file are told.
 func (f *OSFile) Stat() (os.FileInfo, error) { return f.f.Stat() }
 

@@ -107,6 +107,10 @@ func (op *opener) open(ctx context.Context, n *node, o nodeOptions, above *level
 			return opened{}, err
 		}
 	}
+	if err := op.lock(file, res.format, o, above); err != nil {
+		file.Close()
+		return opened{}, err
+	}
 	switch res.format {
 	case "qcow2":
 		res.disk, err = op.openQcow2(ctx, file, n, o, at)
@@ -123,6 +127,17 @@ func (op *opener) open(ctx context.Context, n *node, o nodeOptions, above *level
 		res.disk = syncDisk{res.disk}
 	}
 	return res, nil
+}
+
+// lock takes the lock of a reader once the format is known. As in QEMU, a raw
+// disk at the top may be read while others write it: it has no metadata that
+// could change under the reader. A backing file may not.
+func (op *opener) lock(file qcow2.File, format string, o nodeOptions, above *level) error {
+	f, ok := file.(*qcow2.OSFile)
+	if !ok || !o.readOnly || o.forceShare || format == "raw" && above == nil {
+		return nil
+	}
+	return f.Lock(qcow2.LockRead)
 }
 
 func (op *opener) openQcow2(ctx context.Context, file qcow2.File, n *node, o nodeOptions, at *level) (qcow2.Disk, error) {
@@ -191,11 +206,8 @@ func (op *opener) openFile(ctx context.Context, n *node, o nodeOptions, above *l
 		return &diskFile{disk: res.disk, name: n.file.name}, res.at, nil
 	}
 	fo := qcow2.FileOptions{ReadOnly: o.readOnly, Direct: op.opts.CacheMode.direct(), Lock: qcow2.LockWrite}
-	switch {
-	case o.forceShare:
-		fo.Lock = qcow2.LockShared
-	case o.readOnly:
-		fo.Lock = qcow2.LockRead
+	if o.readOnly {
+		fo.Lock = qcow2.LockShared // for the probe; see lock
 	}
 	if err := checkFile(n.filename, above); err != nil {
 		return nil, nil, err
