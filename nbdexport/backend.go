@@ -76,6 +76,13 @@ type Cacher interface {
 	Cache(off, n int64) error
 }
 
+// A SparseReader is a Backend whose BlockStatus costs so little that large
+// reads should ask it first and answer zeroes without reading them.
+type SparseReader interface {
+	// SparseReads reports whether that is so.
+	SparseReads() bool
+}
+
 // An AlignedWriter is a Backend that wants its memory aligned, because it
 // passes it on to files opened with O_DIRECT.
 type AlignedWriter interface {
