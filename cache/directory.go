@@ -1,0 +1,68 @@
+package cache
+
+import (
+	"encoding/binary"
+	"sync/atomic"
+)
+
+// Words of a directory entry. An entry says whose table a slot holds, so that
+// a successor can find the dirty tables of an image.
+//
+//	Word  Field   Meaning
+//	   0  state   kind, class and sequence; the publish word (see state)
+//	   1  offset  host offset of the table slice, bytes
+//	   2  id      bytes 0-7 of the image's identity, little endian
+//	   3  id      bytes 8-15
+//	   4  length  bytes of the slice: 512, 1024, 2048 or 4096
+//	   5  check   entryCheck of words 1-4 and the slot's number
+//	   6  -       0
+//	   7  -       0
+//
+// Words 1-5 are valid while the state word is not free. The words are in host
+// byte order: an arena never leaves its machine.
+const (
+	wordState  = 0
+	wordOffset = 1
+	wordID     = 2
+	wordLength = 4
+	wordCheck  = 5
+)
+
+// describe stores whose table the slot is about to hold. The slot is not published.
+func (a *arena) describe(i slotIndex, id [16]byte, off int64, length int) {
+	lo, hi := idWords(id)
+	atomic.StoreUint64(a.word(i, wordOffset), uint64(off))
+	atomic.StoreUint64(a.word(i, wordID), lo)
+	atomic.StoreUint64(a.word(i, wordID+1), hi)
+	atomic.StoreUint64(a.word(i, wordLength), uint64(length))
+	atomic.StoreUint64(a.word(i, wordCheck), entryCheck(i, uint64(off), lo, hi, uint64(length)))
+}
+
+// unpublish makes the slot free: from here on it means nothing to a successor.
+func (a *arena) unpublish(i slotIndex) {
+	a.setState(i, a.state(i).next(kindFree, 0))
+}
+
+func idWords(id [16]byte) (lo, hi uint64) {
+	return binary.LittleEndian.Uint64(id[:8]), binary.LittleEndian.Uint64(id[8:])
+}
+
+// entryCheck is a checksum over an entry: a flipped bit in it must not put a
+// table at another offset or into another image.
+func entryCheck(i slotIndex, words ...uint64) uint64 {
+	h := mix(uint64(i) + 1)
+	for _, w := range words {
+		h = mix(h ^ w)
+	}
+	return h
+}
+
+// mix spreads the bits of x; the high bits are the best ones.
+func mix(x uint64) uint64 {
+	x ^= x >> 32
+	x *= 0x9e3779b97f4a7c15
+	x ^= x >> 29
+	x *= 0xbf58476d1ce4e5b9
+	x ^= x >> 32
+	return x
+}

@@ -1,0 +1,411 @@
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// A Class orders tables within a pass: of the tables that are dirty when a pass
+// starts, those of class 0 are durable before the first of class 1 is written,
+// and so on. See "Classes and edges" in the package comment.
+type Class uint8
+
+// maxClasses is the number of classes that a state word can hold.
+const maxClasses = 4
+
+// HandleOptions says how an image uses the cache.
+type HandleOptions struct {
+	// ID is the identity of the image: what a successor process finds its dirty
+	// tables by. The zero ID means that nobody takes them over; any number of
+	// handles may have it. Another ID is open once.
+	ID [16]byte
+	// SliceBytes is the size of a table slice: 512, 1024, 2048 or 4096.
+	// Default 4096.
+	SliceBytes int
+	// Classes is the number of classes in use, from 1 to 4. Default 1.
+	Classes int
+	// OnWriteBack, if not nil, is called after passes that succeeded, with the
+	// value of Done. Calls come one after another, from a goroutine of the
+	// handle that holds no lock, and done grows from call to call; passes that
+	// end during a call share the next one. It may use the handle, but must not
+	// wait for Close or Discard.
+	OnWriteBack func(done uint64)
+}
+
+func (o HandleOptions) withDefaults() HandleOptions {
+	if o.SliceBytes == 0 {
+		o.SliceBytes = slotBytes
+	}
+	if o.Classes == 0 {
+		o.Classes = 1
+	}
+	return o
+}
+
+func (o HandleOptions) validate() error {
+	var errs []error
+	if n := o.SliceBytes; n < 512 || n > slotBytes || n&(n-1) != 0 {
+		errs = append(errs, fmt.Errorf("%w: slice of %d bytes: it must be a power of two from 512 to %d", ErrInvalid, n, slotBytes))
+	}
+	if o.Classes < 1 || o.Classes > maxClasses {
+		errs = append(errs, fmt.Errorf("%w: %d classes: it must be from 1 to %d", ErrInvalid, o.Classes, maxClasses))
+	}
+	return errors.Join(errs...)
+}
+
+// A Handle is the view that one image has of the Cache: its tables, their
+// dirty lists and its passes. All methods may be called from many goroutines at
+// once, with the exceptions that they name.
+type Handle struct {
+	c      *Cache
+	f      File
+	o      HandleOptions
+	number int
+	seed   uint64 // of the hash; see Cache.set
+	misfit uint64 // bits that are 0 in a valid offset
+
+	counters counters
+
+	started atomic.Uint64 // passes started; changed under mu
+	done    atomic.Uint64 // number of the last pass that succeeded; changed under mu
+	ndirty  atomic.Int64  // dirty tables: listed, in a pass or in the attic; changed under mu
+
+	wg   sync.WaitGroup // the goroutines of passes
+	cond *sync.Cond     // on mu: a pass or a write has ended, a load has ended
+
+	mu       sync.Mutex
+	clean    list             // guarded by mu
+	dirty    [maxClasses]list // guarded by mu
+	items    []item           // of the running pass; guarded by mu
+	running  bool             // a pass is running; guarded by mu
+	notified uint64           // last value given to OnWriteBack; guarded by mu
+	calling  bool             // OnWriteBack is running; guarded by mu
+	loads    int              // under way; guarded by mu
+	closed   bool             // guarded by mu
+	err      error            // first failed write or sync; guarded by mu
+	attic    attic            // guarded by mu
+
+	bufs [maxClasses][]byte // copies of the running pass, per class
+}
+
+// Open returns a handle for the tables of f. The cache does not close f.
+func (c *Cache) Open(f File, o HandleOptions) (*Handle, error) {
+	o = o.withDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	h := &Handle{
+		c:      c,
+		f:      f,
+		o:      o,
+		misfit: ^uint64(1<<offsetBits-1) | uint64(o.SliceBytes-1),
+	}
+	h.cond = sync.NewCond(&h.mu)
+	h.clean.init()
+	for i := range h.dirty {
+		h.dirty[i].init()
+	}
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, ErrClosed
+	}
+	number := 0
+	for n, other := range c.handles {
+		switch {
+		case n == 0:
+		case other == nil:
+			number = n
+		case o.ID != [16]byte{} && other.o.ID == o.ID:
+			return nil, fmt.Errorf("%w: image %x has a handle", ErrInUse, o.ID)
+		}
+	}
+	if number == 0 {
+		if len(c.handles) > maxHandles {
+			return nil, fmt.Errorf("%w: all %d handles", ErrInUse, maxHandles)
+		}
+		number = len(c.handles)
+		c.handles = append(c.handles, nil)
+	}
+	h.number = number
+	h.seed = mix(uint64(number))
+	if o.ID != [16]byte{} {
+		// A successor must find the tables of the image in the same sets,
+		// whatever number its handle has.
+		lo, hi := idWords(o.ID)
+		h.seed = mix(mix(lo) ^ hi)
+	}
+	c.handles[number] = h
+	c.publishHandlesLocked()
+	return h, nil
+}
+
+func (h *Handle) key(off int64) key {
+	return key(h.number)<<keyOffsetBits | key(off>>9)
+}
+
+// check returns an error if there can be no table of the class at off.
+func (h *Handle) check(class Class, off int64) error {
+	if uint64(off)&h.misfit != 0 {
+		return fmt.Errorf("%w: table offset %#x: it must be a multiple of %d below %#x", ErrInvalid, off, h.o.SliceBytes, uint64(1)<<offsetBits)
+	}
+	if int(class) >= h.o.Classes {
+		return fmt.Errorf("%w: class %d of %d", ErrInvalid, class, h.o.Classes)
+	}
+	return nil
+}
+
+func (h *Handle) table(i slotIndex) Table {
+	return Table{h: h, base: h.c.arena.slot(i), slot: i, n: uint32(h.o.SliceBytes / 8)}
+}
+
+// Get returns the table slice at host offset off, pinned. If it is not cached,
+// it is read from the file; all who want it meanwhile wait for that one read. A
+// class other than that of the first Get of a cached slice is ignored.
+//
+// Get returns the error of a failed read to all who waited for it, and caches
+// nothing then; ErrInvalid for an offset that is not a multiple of the slice;
+// ErrClosed after Close.
+//
+// Preconditions: the caller has no table pinned. Get may wait for a pass, of
+// any image, when all ways of a set are dirty.
+func (h *Handle) Get(class Class, off int64) (Table, error) {
+	if err := h.check(class, off); err != nil {
+		return Table{}, err
+	}
+	k := h.key(off)
+	s, n := h.c.set(h.seed, off)
+	if w, ok := s.lookup(k); ok {
+		h.counters.hit(n)
+		return h.table(slotIndex(n*ways + w)), nil
+	}
+	return h.get(class, off, k, s, n)
+}
+
+// TryGet returns the table slice at off, pinned, if it is cached. It does no
+// I/O and does not wait. The caller may have other tables pinned.
+func (h *Handle) TryGet(class Class, off int64) (Table, bool) {
+	if h.check(class, off) != nil {
+		return Table{}, false
+	}
+	s, n := h.c.set(h.seed, off)
+	w, ok := s.lookup(h.key(off))
+	if !ok {
+		return Table{}, false
+	}
+	h.counters.hit(n)
+	return h.table(slotIndex(n*ways + w)), true
+}
+
+// get is Get after a miss.
+func (h *Handle) get(class Class, off int64, k key, s *set, n int) (Table, error) {
+	for {
+		s.mu.Lock()
+		if w, ok := s.findLocked(k); ok {
+			if f := s.fillLocked(w); f != nil {
+				s.mu.Unlock()
+				<-f.done
+				if f.err != nil {
+					return Table{}, f.err
+				}
+				continue // it may have been evicted again
+			}
+			s.pin(w) // succeeds: no way is sealed but by a fill when mu is free
+			s.mu.Unlock()
+			h.counters.hit(n)
+			return h.table(slotIndex(n*ways + w)), nil
+		}
+		w, retry := h.c.claimLocked(s, n)
+		if retry != nil {
+			s.mu.Unlock()
+			retry()
+			continue
+		}
+		if !h.beginLoad() {
+			s.unsealLocked(w, 0)
+			s.mu.Unlock()
+			return Table{}, ErrClosed
+		}
+		s.keys[w].Store(uint64(k))
+		f := s.addFillLocked(w)
+		s.mu.Unlock()
+		h.counters.misses.Add(1)
+		return h.load(class, off, s, n, f)
+	}
+}
+
+// Create returns the table slice at off, pinned, zeroed and dirty, without
+// reading it. A cached slice at off, dirty or not, is forgotten as by Drop.
+//
+// Preconditions: as for Get.
+func (h *Handle) Create(class Class, off int64) (Table, error) {
+	if err := h.check(class, off); err != nil {
+		return Table{}, err
+	}
+	k := h.key(off)
+	s, n := h.c.set(h.seed, off)
+	for {
+		s.mu.Lock()
+		w, retry := h.takeLocked(s, n, k)
+		if retry == nil && w < 0 {
+			w, retry = h.c.claimLocked(s, n)
+		}
+		if retry != nil {
+			s.mu.Unlock()
+			retry()
+			continue
+		}
+		i := slotIndex(n*ways + w)
+		clear(h.c.arena.bytes(i, h.o.SliceBytes))
+		if !h.publish(i, class, off, true) {
+			s.unsealLocked(w, 0)
+			s.mu.Unlock()
+			return Table{}, ErrClosed
+		}
+		s.keys[w].Store(uint64(k))
+		s.unsealLocked(w, 1)
+		s.mu.Unlock()
+		return h.table(i), nil
+	}
+}
+
+// Drop forgets the table slice at off, dirty or not: its cluster was freed.
+// When Drop returns, no copy of the slice will be written to the file any more:
+// a running pass leaves out what it has copied and not yet begun to write, and
+// for a write that has begun Drop waits (for that write, not for the pass). So
+// whatever is written to the cluster afterwards stays.
+//
+// Preconditions: the caller has no table pinned. Drop waits until others have
+// unpinned this one.
+func (h *Handle) Drop(off int64) {
+	if uint64(off)&h.misfit != 0 {
+		return // no table can be there
+	}
+	k := h.key(off)
+	s, n := h.c.set(h.seed, off)
+	for {
+		s.mu.Lock()
+		w, retry := h.takeLocked(s, n, k)
+		if retry == nil {
+			if w >= 0 {
+				s.unsealLocked(w, 0)
+			}
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		retry()
+	}
+}
+
+// takeLocked removes the table k of h from set s, number n, and from the
+// attic, whatever its state. It returns its way, free and sealed, or -1 if it
+// was in no way. If it must wait first, it returns what to call after
+// unlocking s.mu, before the next try.
+func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func()) {
+	w, ok := s.findLocked(k)
+	if !ok {
+		h.mu.Lock()
+		h.dropFromAtticLocked(k.offset())
+		h.mu.Unlock()
+		return -1, nil
+	}
+	if f := s.fillLocked(w); f != nil {
+		return -1, func() { <-f.done }
+	}
+	if !s.sealLocked(w) {
+		return -1, wait(s.awaitLocked(1 << w))
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	i := slotIndex(n*ways + w)
+	if it := h.slotItemLocked(i); it != nil && it.writing {
+		s.unsealLocked(w, 0)
+		return -1, func() {
+			h.mu.Lock()
+			for it := h.slotItemLocked(i); it != nil && it.writing; it = h.slotItemLocked(i) {
+				h.cond.Wait()
+			}
+			h.mu.Unlock()
+		}
+	}
+	h.forgetLocked(i)
+	s.keys[w].Store(0)
+	return w, nil
+}
+
+// wait returns a function that waits for ch; a nil channel is ready.
+func wait(ch <-chan struct{}) func() {
+	return func() {
+		if ch != nil {
+			<-ch
+		}
+	}
+}
+
+// Close writes back what is dirty, forgets all tables and releases the handle.
+// The handle is released in any case; if the error is not nil, changes are lost.
+//
+// Preconditions: no table of the handle is pinned for good, and nobody changes
+// tables any more. Close waits for a running OnWriteBack.
+func (h *Handle) Close() error {
+	var err error
+	for err == nil && h.DirtyTables() > 0 {
+		err = h.WriteBack()
+	}
+	return errors.Join(err, h.Discard())
+}
+
+// Discard releases the handle without writing. Preconditions: as for Close.
+func (h *Handle) Discard() error {
+	h.mu.Lock()
+	if h.closed {
+		h.mu.Unlock()
+		h.wg.Wait()
+		return nil
+	}
+	h.closed = true
+	for h.running || h.loads > 0 {
+		h.cond.Wait()
+	}
+	h.emptyAtticLocked()
+	h.cond.Broadcast()
+	h.mu.Unlock()
+
+	for {
+		h.mu.Lock()
+		i := h.anyLocked()
+		var off int64
+		if i != noSlot {
+			off = h.c.slots[i].off
+		}
+		h.mu.Unlock()
+		if i == noSlot {
+			break
+		}
+		h.Drop(off)
+	}
+	h.wg.Wait()
+
+	c := h.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.handles[h.number] = nil
+	c.publishHandlesLocked()
+	return nil
+}
+
+// anyLocked returns a slot of h, noSlot if it has none. No pass is running.
+func (h *Handle) anyLocked() slotIndex {
+	// Higher classes first: what a successor finds if this process is killed
+	// here has no table without those it depends on.
+	for c := maxClasses - 1; c >= 0; c-- {
+		if i := h.dirty[c].head; i != noSlot {
+			return i
+		}
+	}
+	return h.clean.head
+}

@@ -1,0 +1,304 @@
+package cache
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"unsafe"
+)
+
+// chunkBytes bounds the copies of one class that a pass holds.
+const chunkBytes = 4 << 20
+
+// keptBytes is the size of the copy buffers that a handle keeps from pass to pass.
+const keptBytes = 64 << 10
+
+// An item is a dirty table in a pass: taken from its dirty list, copied,
+// written and, after the next Datasync, made clean. Guarded by Handle.mu.
+type item struct {
+	off     int64
+	slot    slotIndex // noSlot once the table was dropped
+	class   Class
+	writing bool
+	copied  state // state word that the copy belongs to
+}
+
+// slotItemLocked returns the item of slot i in the running pass, nil if it has none.
+func (h *Handle) slotItemLocked(i slotIndex) *item {
+	if n := h.c.slots[i].item; n != noItem {
+		return &h.items[n]
+	}
+	return nil
+}
+
+// Mark returns the number of the next pass to start. What was stored into
+// tables before Mark was called is durable once Done returns that number or more.
+func (h *Handle) Mark() uint64 { return h.started.Load() + 1 }
+
+// Done returns the number of the last pass that succeeded.
+func (h *Handle) Done() uint64 { return h.done.Load() }
+
+// DirtyTables returns the number of table slices that the file does not have yet.
+func (h *Handle) DirtyTables() int { return int(h.ndirty.Load()) }
+
+// Err returns the first error of a write or a Datasync, nil if all succeeded.
+// It is sticky: a handle that has one writes nothing any more.
+func (h *Handle) Err() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.err
+}
+
+// WriteBack runs one pass, or waits for the next if one is running, which it
+// shares with all who wait. When it returns nil, all that was stored into
+// tables, and all that was written to the file, before the call is durable.
+// Otherwise it returns the first error of a pass of this handle: after one
+// failure none succeeds, and the dirty tables stay dirty.
+//
+// A pass syncs once if nothing is dirty, and once more for each class above 0
+// that has dirty tables.
+func (h *Handle) WriteBack() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	want := h.Mark()
+	for {
+		switch {
+		case h.err != nil:
+			return h.err
+		case h.Done() >= want:
+			return nil
+		case h.closed:
+			return ErrClosed
+		case !h.running:
+			h.running = true
+			h.started.Add(1)
+			h.wg.Add(1)
+			go h.pass() // ends with the pass and the OnWriteBack calls due
+		}
+		h.cond.Wait()
+	}
+}
+
+// pass runs one pass and reports it. It has a goroutine of its own because the
+// one that asked for it can be anywhere below Get, with locks of its own that
+// OnWriteBack takes too.
+func (h *Handle) pass() {
+	defer h.wg.Done()
+	err := h.settle(Class(h.o.Classes - 1))
+	if err == nil {
+		err = h.sync(0)
+	}
+	for c, b := range h.bufs {
+		if len(b) > keptBytes {
+			h.bufs[c] = nil
+		}
+	}
+
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err != nil {
+		h.returnLocked(0)
+		h.err = err
+		h.c.addDirty(-h.DirtyTables())
+	} else {
+		h.done.Store(h.started.Load())
+	}
+	h.running = false
+	h.cond.Broadcast()
+	if h.calling || h.o.OnWriteBack == nil {
+		return
+	}
+	h.calling = true
+	for h.notified < h.Done() {
+		done := h.Done()
+		h.notified = done
+		h.mu.Unlock()
+		h.o.OnWriteBack(done)
+		h.mu.Lock()
+	}
+	h.calling = false
+}
+
+// settle writes all tables of class c and below that are dirty when it is
+// called. Those of a higher class are copied before it is called, so what they
+// depend on is among these. When it returns, the last writes wait for a sync.
+//
+// A class with more tables than fit in a chunk goes chunk by chunk, each with
+// all the lower classes: several complete passes in one, in bounded memory.
+// The items of a chunk lie above those of the higher classes in h.items.
+func (h *Handle) settle(c Class) error {
+	h.mu.Lock()
+	left := h.dirty[c].n
+	base := len(h.items)
+	h.mu.Unlock()
+	for first := true; first || left > 0; first = false {
+		n := h.take(c, min(left, chunkBytes/h.o.SliceBytes))
+		if n == 0 {
+			left = 0 // the rest was dropped
+		}
+		left -= n
+		h.copy(c, base, n)
+		if c > 0 {
+			if err := h.settle(c - 1); err != nil {
+				return err
+			}
+		}
+		if n == 0 {
+			continue
+		}
+		if c > 0 {
+			// The barrier: what the copies depend on, and the data that was
+			// written before they were taken, is durable before they are written.
+			if err := h.sync(base + n); err != nil {
+				return err
+			}
+		}
+		if err := h.write(c, base, n); err != nil {
+			return err
+		}
+		if left > 0 {
+			if err := h.sync(base); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// take moves up to n tables from the dirty list of class c to the end of
+// h.items, and returns how many.
+func (h *Handle) take(c Class, n int) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n = min(n, h.dirty[c].n)
+	base := len(h.items)
+	slots := h.c.slots
+	for range n {
+		i := h.dirty[c].head
+		h.dirty[c].remove(slots, i)
+		h.items = append(h.items, item{off: slots[i].off, slot: i, class: c})
+	}
+	chunk := h.items[base:]
+	slices.SortFunc(chunk, func(a, b item) int { return cmp.Compare(a.off, b.off) })
+	for k := range chunk {
+		slots[chunk[k].slot].item = int32(base + k)
+	}
+	return n
+}
+
+// copy copies the tables of items [base, base+n) to the buffer of class c.
+func (h *Handle) copy(c Class, base, n int) {
+	size := h.o.SliceBytes
+	if need := n * size; len(h.bufs[c]) < need {
+		h.bufs[c] = alignedBuffer(need)
+	}
+	for k := range n {
+		// One lock per table: a drop, and the reuse of its slot, comes before
+		// or after the copy, and stores are not held up for long.
+		h.mu.Lock()
+		if it := &h.items[base+k]; it.slot != noSlot {
+			it.copied = h.c.arena.state(it.slot)
+			h.c.arena.copyOut(h.bufs[c][k*size:(k+1)*size], it.slot)
+		}
+		h.mu.Unlock()
+	}
+}
+
+// write writes the copies of items [base, base+n), adjacent tables together.
+func (h *Handle) write(c Class, base, n int) error {
+	size := h.o.SliceBytes
+	for k := 0; k < n; {
+		from, to := h.beginWrite(base+k, base+n)
+		k = to - base
+		if from == to {
+			continue
+		}
+		off := h.items[from].off // constant
+		p := h.bufs[c][(from-base)*size : (to-base)*size]
+		m, err := h.f.WriteAt(p, off)
+		if err == nil && m < len(p) {
+			err = io.ErrShortWrite
+		}
+		h.endWrite(from, to)
+		if err != nil {
+			return fmt.Errorf("cache: write table at %#x: %w", off, err)
+		}
+		h.counters.writes.Add(1)
+	}
+	return nil
+}
+
+// beginWrite returns the first run [from, to) of items in [lo, hi) that lie
+// one after another in the file and were not dropped, marked as being written;
+// from == to == hi if there is none.
+func (h *Handle) beginWrite(lo, hi int) (from, to int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for lo < hi && h.items[lo].slot == noSlot {
+		lo++
+	}
+	from, to = lo, lo
+	for to < hi {
+		it := &h.items[to]
+		if it.slot == noSlot || it.off != h.items[from].off+int64(to-from)*int64(h.o.SliceBytes) {
+			break
+		}
+		it.writing = true
+		to++
+	}
+	return from, to
+}
+
+func (h *Handle) endWrite(from, to int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for k := from; k < to; k++ {
+		h.items[k].writing = false
+	}
+	h.cond.Broadcast()
+}
+
+// sync makes durable what was written, and then the tables of the items from
+// base on, which all have been, clean; but a table that was stored into since
+// it was copied stays dirty, for the next pass.
+func (h *Handle) sync(base int) error {
+	if err := h.f.Datasync(); err != nil {
+		return fmt.Errorf("cache: sync: %w", err)
+	}
+	h.counters.syncs.Add(1)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a, slots := h.c.arena, h.c.slots
+	for k := base; k < len(h.items); k++ {
+		it := &h.items[k]
+		if it.slot == noSlot || !a.swapState(it.slot, it.copied, it.copied.as(kindClean)) {
+			continue
+		}
+		slots[it.slot].item = noItem
+		h.clean.push(slots, it.slot)
+		h.addDirtyLocked(-1)
+		it.slot = noSlot
+	}
+	h.returnLocked(base)
+	return nil
+}
+
+// returnLocked ends the items from base on; tables that are still in one go
+// back to the dirty list.
+func (h *Handle) returnLocked(base int) {
+	for _, it := range h.items[base:] {
+		if it.slot != noSlot {
+			h.c.slots[it.slot].item = noItem
+			h.dirty[it.class].push(h.c.slots, it.slot)
+		}
+	}
+	h.items = h.items[:base]
+}
+
+// alignedBuffer returns n bytes that start at a page, for direct I/O.
+func alignedBuffer(n int) []byte {
+	b := make([]byte, n+pageBytes)
+	skip := -int(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) & (pageBytes - 1)
+	return b[skip : skip+n : skip+n]
+}

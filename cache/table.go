@@ -1,0 +1,105 @@
+package cache
+
+import (
+	"encoding/binary"
+	"sync/atomic"
+	"unsafe"
+)
+
+// A Table is a pinned table slice: an array of big-endian 64-bit words. Its
+// place does not move and is not evicted until Unpin. The zero Table is not valid.
+//
+// Words are read and written atomically, one by one; which goroutine may change
+// which word is for the caller to arrange. Between Get and Unpin a caller must
+// not call Get, Create, Drop, Close or Discard, of any handle: it could wait
+// for the very way it has pinned.
+type Table struct {
+	h    *Handle
+	base unsafe.Pointer // first byte of the slot
+	slot slotIndex
+	n    uint32 // words
+}
+
+// Len returns the number of 64-bit words.
+func (t Table) Len() int { return int(t.n) }
+
+func (t Table) word(i int) *uint64 {
+	if uint(i) >= uint(t.n) {
+		panic("cache: table index out of range")
+	}
+	return (*uint64)(unsafe.Add(t.base, uintptr(i)*8))
+}
+
+// Load returns word i.
+func (t Table) Load(i int) uint64 { return bigEndian(atomic.LoadUint64(t.word(i))) }
+
+// Store sets word i and makes the table dirty. When Store returns, the change
+// survives the death of the process if the arena does, and it is durable when
+// a pass that starts later is done (see Handle.Mark).
+func (t Table) Store(i int, v uint64) {
+	atomic.StoreUint64(t.word(i), bigEndian(v))
+	t.touch()
+}
+
+// Words copies len(dst) words from word i on to dst.
+func (t Table) Words(dst []uint64, i int) {
+	if i < 0 || i+len(dst) > t.Len() {
+		panic("cache: table index out of range")
+	}
+	for n := range dst {
+		dst[n] = t.Load(i + n)
+	}
+}
+
+// SetWords stores the words src from word i on, in ascending order, and makes
+// the table dirty once. Each word changes atomically, all together do not: a
+// reader, a pass and a successor may see some of them.
+func (t Table) SetWords(i int, src []uint64) {
+	if i < 0 || i+len(src) > t.Len() {
+		panic("cache: table index out of range")
+	}
+	if len(src) == 0 {
+		return
+	}
+	for n, v := range src {
+		atomic.StoreUint64(t.word(i+n), bigEndian(v))
+	}
+	t.touch()
+}
+
+// Fill stores v into all words; as SetWords.
+func (t Table) Fill(v uint64) {
+	v = bigEndian(v)
+	for i := range t.Len() {
+		atomic.StoreUint64(t.word(i), v)
+	}
+	t.touch()
+}
+
+// Unpin gives the table back. t must not be used after it.
+func (t Table) Unpin() {
+	t.h.c.sets[t.slot/ways].unpin(int(t.slot % ways))
+}
+
+// touch publishes a change of the content: after the content, the sequence
+// grows, and a clean slot becomes dirty.
+func (t Table) touch() {
+	a := t.h.c.arena
+	for {
+		s := a.state(t.slot)
+		if !s.dirty() {
+			t.h.makeDirty(t.slot)
+			return
+		}
+		if a.swapState(t.slot, s, s+seqOne) {
+			return
+		}
+	}
+}
+
+// bigEndian converts between host order and big endian, both ways.
+func bigEndian(v uint64) uint64 {
+	var b [8]byte
+	binary.NativeEndian.PutUint64(b[:], v)
+	return binary.BigEndian.Uint64(b[:])
+}
