@@ -2,7 +2,9 @@ package qcow2
 
 import (
 	"context"
-	"time"
+	"errors"
+	"sync"
+	"sync/atomic"
 
 	"csi-qcow2/cache"
 )
@@ -18,13 +20,17 @@ type Options struct {
 	// Cache is the metadata cache to use; nil makes a private one of
 	// DefaultCacheBytes that Close releases.
 	Cache *cache.Cache
+	// ID names the image in the cache, the same after a restart of the
+	// process. Images that are open at the same time have different IDs; zero
+	// stands for one that is never adopted by another process.
+	ID [16]byte
 	// OpenBacking opens the backing file that the header names. Nil refuses
 	// images that have a backing file, with ErrUnsupported. The image closes
 	// what it returns.
 	OpenBacking BackingOpener
 	// PassDiscard gives the space of freed clusters back to the host file.
 	PassDiscard bool
-	// NoFlush makes Flush return at once: cache=unsafe of the tools.
+	// NoFlush makes Flush return at once and syncs nothing: cache=unsafe of the tools.
 	NoFlush bool
 }
 
@@ -36,101 +42,170 @@ const DefaultCacheBytes = 32 << 20
 type BackingOpener func(ctx context.Context, name, format string) (Disk, error)
 
 // An Image is an open qcow2 image. It implements Disk.
-type Image struct{}
-
-// Open opens the image in f. On success the image owns f and Close closes it.
 //
-// An image whose dirty bit is set is repaired first, unless it is opened
-// read-only. Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError
-// says where), and those of f.
-func Open(ctx context.Context, f File, opts Options) (*Image, error) { panic("unwritten") }
+// States: open; failed, after a write or sync of metadata failed: reads go on,
+// changes and Flush return ErrFailed with the first error; closed.
+type Image struct {
+	f       File
+	name    string // of the host file, "" if unknown
+	opts    Options
+	geo     geometry
+	version uint32
+	backing Disk // nil if none
+	handle  *cache.Handle
+	own     *cache.Cache // the private cache, nil if shared
+
+	size    atomic.Int64 // virtual size, bytes
+	l1      atomic.Pointer[l1Table]
+	closed  atomic.Bool
+	failure atomic.Pointer[error]
+
+	// gate admits requests that change guest bytes (shared), and lets what
+	// changes the image as a whole wait for them and keep them out (alone).
+	gate     sync.RWMutex
+	epochs   *epochs
+	claims   claims // of guest clusters
+	l1Claims claims // of L1 entries
+
+	allocator  allocator
+	quarantine quarantine
+	packer     packer
+
+	unclean bool // a change failed half way: the dirty bit must stay; guarded by gate held alone
+
+	hdrMu        sync.Mutex
+	hdr          *header          // guarded by hdrMu, but for what never changes: version, compression
+	records      []snapshotRecord // guarded by hdrMu
+	recordsBytes int64            // length of the snapshot table in the file; guarded by hdrMu
+}
 
 // Close flushes, frees what waits to be freed, and closes the file and its
-// backing chain. It waits for requests under way.
-func (im *Image) Close() error { panic("unwritten") }
+// backing chain. It waits for requests under way. A failed image is closed
+// without writing anything more, and Close returns why it failed.
+func (im *Image) Close() error {
+	im.gate.Lock()
+	defer im.gate.Unlock()
+	if im.closed.Swap(true) {
+		return ErrClosed
+	}
+	im.epochs.synchronize()
+	err := im.failed()
+	if err == nil && !im.opts.ReadOnly {
+		err = im.settle()
+	}
+	if err == nil && !im.opts.ReadOnly {
+		err = im.trimFile()
+	}
+	var herr error
+	if err == nil {
+		herr = im.handle.Close()
+	} else {
+		herr = im.handle.Discard()
+	}
+	errs := []error{err, herr, im.f.Close()}
+	if im.backing != nil {
+		errs = append(errs, im.backing.Close())
+	}
+	if im.own != nil {
+		errs = append(errs, im.own.Close())
+	}
+	return errors.Join(errs...)
+}
 
-// ReadAt implements Disk.
-func (im *Image) ReadAt(p []byte, off int64) (int, error) { panic("unwritten") }
+// settle writes back all tables and empties the quarantine.
+//
+// Preconditions: the gate is held alone, and no request is under way.
+func (im *Image) settle() error {
+	if err := im.handle.WriteBack(); err != nil {
+		return err
+	}
+	for im.quarantine.size() > 0 {
+		if err := im.reclaim(); err != nil {
+			return err
+		}
+		if err := im.handle.WriteBack(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
-// WriteAt implements Disk.
-func (im *Image) WriteAt(p []byte, off int64) (int, error) { panic("unwritten") }
-
-// WriteZeroes implements Disk.
-func (im *Image) WriteZeroes(off, n int64, unmap bool) error { panic("unwritten") }
-
-// Discard implements Disk.
-func (im *Image) Discard(off, n int64) error { panic("unwritten") }
-
-// Flush implements Disk.
-func (im *Image) Flush() error { panic("unwritten") }
-
-// BlockStatus implements Disk.
-func (im *Image) BlockStatus(ctx context.Context, off, n int64) (Extent, error) { panic("unwritten") }
+// trimFile cuts off what extendFile added beyond the last allocated cluster.
+func (im *Image) trimFile() error {
+	a, g := &im.allocator, &im.geo
+	a.mu.Lock()
+	end := int64(g.hostOffset(a.tail))
+	a.mu.Unlock()
+	if end >= a.fileEnd.Load() || a.tail == a.lowEnd {
+		return nil
+	}
+	if err := im.f.Truncate(end); err != nil {
+		return err
+	}
+	return im.f.Datasync()
+}
 
 // Size implements Disk.
-func (im *Image) Size() int64 { panic("unwritten") }
+func (im *Image) Size() int64 { return im.size.Load() }
 
-// WriteCompressed stores one whole guest cluster compressed, or as WriteAt
-// when it does not shrink. off must be a multiple of the cluster size, and p
-// one cluster, or the shorter rest of the disk. Only for images that nothing
-// else writes: it is meant for conversions.
-func (im *Image) WriteCompressed(p []byte, off int64) error { panic("unwritten") }
-
-// Resize changes the virtual size, up only. The change is durable when it returns.
-func (im *Image) Resize(ctx context.Context, size int64) error { panic("unwritten") }
-
-// A Snapshot describes an internal snapshot.
-type Snapshot struct {
-	ID          string // unique in the image
-	Name        string
-	Date        time.Time
-	VMStateSize int64         // bytes
-	VMClock     time.Duration // guest run time
-	ICount      int64         // -1 if not recorded
-	DiskSize    int64         // virtual size when it was taken, bytes
+// Check verifies the whole image. Writers wait while it runs. It repairs
+// nothing: CheckFile does, on an image that is not open.
+func (im *Image) Check(ctx context.Context, o CheckOptions) (CheckResult, error) {
+	im.gate.Lock()
+	defer im.gate.Unlock()
+	if im.closed.Load() {
+		return CheckResult{}, ErrClosed
+	}
+	if !im.opts.ReadOnly {
+		if err := im.failed(); err != nil {
+			return CheckResult{}, err
+		}
+		im.epochs.synchronize()
+		if err := im.settle(); err != nil {
+			return CheckResult{}, err
+		}
+	}
+	o.RepairLeaks, o.RepairAll = false, false
+	h, err := readHeader(im.f)
+	if err != nil {
+		return CheckResult{}, err
+	}
+	return checkFile(ctx, im.f, h, o)
 }
-
-// Snapshots lists the internal snapshots in table order.
-func (im *Image) Snapshots() []Snapshot { panic("unwritten") }
-
-// CreateSnapshot takes an internal snapshot: all writes that returned before
-// the call are in it, none that starts after it has returned. It is durable
-// when it returns. An empty s.ID gets the next free decimal number, as QEMU
-// numbers them; a zero Date is now.
-func (im *Image) CreateSnapshot(ctx context.Context, s Snapshot) (Snapshot, error) {
-	panic("unwritten")
-}
-
-// DeleteSnapshot removes the internal snapshot id (an ID, or else a name).
-func (im *Image) DeleteSnapshot(ctx context.Context, id string) error { panic("unwritten") }
-
-// ApplySnapshot makes the active state equal to the internal snapshot id (an
-// ID, or else a name), its virtual size included. The snapshot stays.
-func (im *Image) ApplySnapshot(ctx context.Context, id string) error { panic("unwritten") }
 
 // SetBacking rewrites the backing file name and format in the header
-// (rebase -u): the content of clusters that are unallocated changes with it.
-func (im *Image) SetBacking(ctx context.Context, name, format string) error { panic("unwritten") }
-
-// Info describes the image as `qemu-img info` does.
-type Info struct {
-	Version         int   // 2 or 3
-	VirtualSize     int64 // bytes
-	ClusterSize     int64 // bytes
-	RefcountBits    int
-	LazyRefcounts   bool
-	Dirty           bool
-	Corrupt         bool
-	ExtendedL2      bool
-	CompressionType string // "zlib" or "zstd"
-	BackingFile     string
-	BackingFormat   string
-	Snapshots       []Snapshot
-	FileSize        int64 // bytes of the host file
+// (rebase -u): the content of clusters that are unallocated changes with it at
+// the next open. An empty name removes the backing file, with a write that a
+// power loss cannot tear; another name rewrites the header cluster.
+func (im *Image) SetBacking(ctx context.Context, name, format string) error {
+	im.gate.Lock()
+	defer im.gate.Unlock()
+	if err := im.writable(); err != nil {
+		return err
+	}
+	if err := im.handle.WriteBack(); err != nil {
+		return err
+	}
+	im.hdrMu.Lock()
+	h := *im.hdr
+	im.hdrMu.Unlock()
+	h.backingName, h.backingFormat = name, format
+	if name == "" {
+		h.backingOffset, h.backingSize = 0, 0
+		if err := im.writeHeader(hdrOffBackingFile, make([]byte, 12)); err != nil {
+			return err
+		}
+	} else {
+		cluster, err := h.encodeCluster()
+		if err != nil {
+			return err
+		}
+		if err := im.writeHeader(0, cluster); err != nil {
+			return err
+		}
+	}
+	im.hdrMu.Lock()
+	im.hdr = &h
+	im.hdrMu.Unlock()
+	return nil
 }
-
-// Info returns a description of the image.
-func (im *Image) Info() Info { panic("unwritten") }
-
-// Check verifies the whole image; see CheckOptions. Writers wait while it runs.
-func (im *Image) Check(ctx context.Context, o CheckOptions) (CheckResult, error) { panic("unwritten") }

@@ -1,0 +1,308 @@
+package qcow2
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// allocator finds free host clusters of an image. In order of preference:
+//
+//  1. runs that were freed while the image has been open,
+//  2. free clusters of earlier times, found by a cursor that looks at one slice
+//     of refcounts per allocation until it has seen the whole file,
+//  3. the tail: clusters that lay beyond the end of the file when it was opened.
+//
+// So an allocation costs the same however large or full the image is. A first
+// fit from the lowest free cluster, as in QEMU, reads all refcount blocks of a
+// full image again whenever something low was freed.
+//
+// Clusters of the tail have never been written: they read as zeroes, and copy on
+// write may skip what is zero.
+type allocator struct {
+	mu sync.Mutex // refcounts in the cache and the fields below; never held over I/O
+
+	reftable    []uint64   // the refcount table; guarded by mu
+	reftableOff HostOffset // guarded by mu
+	freed       []run      // guarded by mu; at most maxFreed runs
+	low, lowEnd hostCluster
+	tail        hostCluster // guarded by mu, as low and lowEnd
+
+	// growMu serialises new refcount blocks and tables, and growth of the host
+	// file. It is held over their I/O: who waits for it needs what it makes.
+	growMu  sync.Mutex
+	fileEnd atomic.Int64 // size of the host file; changed under growMu
+}
+
+// A run is a range of host clusters.
+type run struct {
+	first hostCluster
+	n     int64
+}
+
+const (
+	maxFreed      = 4096     // runs that are remembered; more are found by the cursor
+	fileStepMin   = 1 << 20  // bytes by which a host file grows at least …
+	fileStepMax   = 64 << 20 // … and at most
+	fileStepShare = 8        // else by an eighth of its size
+)
+
+func (a *allocator) init(g *geometry, reftableOff HostOffset, reftable []uint64, fileSize int64) {
+	a.reftable, a.reftableOff = reftable, reftableOff
+	a.tail = hostCluster(g.clusters(fileSize))
+	a.low, a.lowEnd = 0, a.tail
+	a.fileEnd.Store(fileSize)
+}
+
+// A take is the outcome of one look for free clusters, with allocator.mu held.
+type take struct {
+	first hostCluster
+	n     int64 // clusters taken, their refcounts are 1; 0: none
+	fresh bool  // never written: they read as zeroes
+
+	next    hostCluster // with n 0: the first cluster that was not looked at
+	missing HostOffset  // with n 0: the slice of refcounts to load into the cache first, 0 if none
+	noBlock bool        // with n 0: the tail has no refcount block
+}
+
+// alloc allocates up to want contiguous clusters, at least one, with refcount 1.
+// Fresh clusters have never been written and read as zeroes.
+func (im *Image) alloc(want int64) (first hostCluster, n int64, fresh bool, err error) {
+	a := &im.allocator
+	for {
+		a.mu.Lock()
+		t, err := im.takeLocked(want)
+		table, _ := im.geo.refblockIndex(a.tail)
+		a.mu.Unlock()
+		switch {
+		case err != nil:
+		case t.n > 0:
+			if t.fresh {
+				err = im.extendFile(int64(im.geo.hostOffset(t.first)) + t.n*im.geo.clusterSize)
+			}
+			if err == nil {
+				return t.first, t.n, t.fresh, nil
+			}
+			im.free(t.first, t.n)
+		case t.missing != 0:
+			err = im.loadTable(classRefblock, t.missing)
+		case t.noBlock:
+			err = im.addRefblock(table)
+		}
+		if err != nil {
+			return 0, 0, false, err
+		}
+	}
+}
+
+// takeLocked is one try of alloc. Preconditions: a.mu is held.
+func (im *Image) takeLocked(want int64) (take, error) {
+	if t, err := im.takeFreed(want); err != nil || t.n > 0 || t.missing != 0 {
+		return t, err
+	}
+	if t, err := im.takeLow(want); err != nil || t.n > 0 || t.missing != 0 {
+		return t, err
+	}
+	a, g := &im.allocator, &im.geo
+	for {
+		if t, _ := g.refblockIndex(a.tail); t >= len(a.reftable) || a.reftable[t] == 0 {
+			return take{noBlock: true}, nil
+		}
+		t, err := im.takeFree(a.tail, a.tail+hostCluster(1)<<g.refblockBits, want)
+		if err != nil || t.missing != 0 {
+			return t, err
+		}
+		a.tail = t.next
+		if t.n > 0 {
+			t.fresh = true
+			return t, nil
+		}
+	}
+}
+
+// takeFreed takes from the runs that were freed lately. Preconditions: a.mu is held.
+func (im *Image) takeFreed(want int64) (take, error) {
+	a := &im.allocator
+	for len(a.freed) > 0 {
+		r := &a.freed[len(a.freed)-1]
+		end := r.first + hostCluster(r.n)
+		t, err := im.takeFree(r.first, end, want)
+		if err != nil || t.missing != 0 {
+			return t, err
+		}
+		if t.next >= end {
+			a.freed = a.freed[:len(a.freed)-1]
+		} else {
+			r.first, r.n = t.next, int64(end-t.next)
+		}
+		if t.n > 0 {
+			return t, nil
+		}
+	}
+	return take{}, nil
+}
+
+// takeLow takes from the slice of refcounts that the cursor stands at. If there
+// is nothing the cursor moves on, once. Preconditions: a.mu is held.
+func (im *Image) takeLow(want int64) (take, error) {
+	a, g := &im.allocator, &im.geo
+	if a.low >= a.lowEnd {
+		return take{}, nil
+	}
+	if t, _ := g.refblockIndex(a.low); t >= len(a.reftable) || a.reftable[t] == 0 {
+		a.low = min(hostCluster(t+1)<<g.refblockBits, a.lowEnd)
+		return take{}, nil
+	}
+	t, err := im.takeFree(a.low, a.lowEnd, want)
+	if err == nil && t.missing == 0 {
+		a.low = t.next
+	}
+	return t, err
+}
+
+// takeFree sets the first run of free clusters in [c, end), of at most want, to
+// refcount 1. It looks no further than c's slice of refcounts, and never beyond
+// end: free clusters there may be spoken for.
+//
+// Preconditions: a.mu is held; c's refcount block exists.
+func (im *Image) takeFree(c, end hostCluster, want int64) (take, error) {
+	g := &im.geo
+	table, index := g.refblockIndex(c)
+	block, err := g.refblockAt(im.allocator.reftable, table)
+	if err != nil {
+		return take{}, err
+	}
+	off, _, _, perSlice := g.refcountSlice(block, index)
+	t, ok := im.handle.TryGet(classRefblock, int64(off))
+	if !ok {
+		return take{missing: off}, nil
+	}
+	defer t.Unpin()
+	got := take{next: min(end, c-c%hostCluster(perSlice)+hostCluster(perSlice))}
+	for at := c; at < got.next && got.n < want; at++ {
+		word, shift := g.refcountWord(int(at % hostCluster(perSlice)))
+		w := t.Load(word)
+		if g.getRefcount(w, shift) == 0 {
+			if got.n == 0 {
+				got.first = at
+			}
+			got.n++
+			t.Store(word, g.setRefcount(w, shift, 1))
+		} else if got.n > 0 {
+			break
+		}
+	}
+	if got.n > 0 {
+		got.next = got.first + hostCluster(got.n)
+	}
+	return got, nil
+}
+
+// loadTable brings a slice into the cache. It may be gone again when the caller looks.
+func (im *Image) loadTable(class tableClass, off HostOffset) error {
+	t, err := im.handle.Get(class, int64(off))
+	if err != nil {
+		return err
+	}
+	t.Unpin()
+	return nil
+}
+
+// allocContiguous allocates exactly n contiguous fresh clusters for a table.
+func (im *Image) allocContiguous(n int64) (hostCluster, error) {
+	a := &im.allocator
+	if n == 1 {
+		first, _, _, err := im.alloc(1)
+		return first, err
+	}
+	a.growMu.Lock()
+	first, err := im.reserveTail(n)
+	if err == nil {
+		err = im.coverTail(first, n)
+	}
+	a.growMu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	if err := im.addRefcounts(first, n, 1); err != nil {
+		return 0, err
+	}
+	return first, im.extendFile(int64(im.geo.hostOffset(first)) + n*im.geo.clusterSize)
+}
+
+// reserveTail moves the tail past n clusters that no refcount block counts as
+// used and returns the first.
+//
+// Preconditions: growMu is held.
+func (im *Image) reserveTail(n int64) (hostCluster, error) {
+	a, g := &im.allocator, &im.geo
+	for {
+		a.mu.Lock()
+		first := a.tail
+		a.tail += hostCluster(n)
+		a.mu.Unlock()
+		if uint64(first)+uint64(n) > uint64(maxHostOffset>>g.clusterBits) {
+			return 0, fmt.Errorf("%w: the image file would pass %d bytes", ErrTooLarge, uint64(maxHostOffset))
+		}
+		used := false
+		for c := first; c < first+hostCluster(n) && !used; c++ {
+			count, err := im.refcount(c)
+			if err != nil {
+				return 0, err
+			}
+			used = count != 0
+		}
+		if !used {
+			return first, nil
+		}
+	}
+}
+
+// free makes n clusters that nothing refers to, in memory or in the file,
+// available again: what was allocated for a request that failed.
+func (im *Image) free(first hostCluster, n int64) {
+	// An error leaves the clusters allocated: a leak, which check can repair.
+	if im.addRefcounts(first, n, -1) == nil {
+		im.allocator.mu.Lock()
+		im.allocator.rememberFreed(first, n)
+		im.allocator.mu.Unlock()
+	}
+}
+
+// rememberFreed records free clusters for reuse. Preconditions: mu is held.
+func (a *allocator) rememberFreed(first hostCluster, n int64) {
+	if len(a.freed) < maxFreed {
+		a.freed = append(a.freed, run{first, n})
+	} else if first < a.low {
+		a.low = first
+	}
+}
+
+// extendFile grows the host file to at least end, in large steps, before
+// anything is written there: extending writes serialise in the host's file
+// system, and on XFS may be lost when another call extends the file meanwhile.
+func (im *Image) extendFile(end int64) error {
+	a := &im.allocator
+	if end <= a.fileEnd.Load() {
+		return nil
+	}
+	a.growMu.Lock()
+	defer a.growMu.Unlock()
+	return im.extendFileLocked(end)
+}
+
+// extendFileLocked is extendFile with growMu held.
+func (im *Image) extendFileLocked(end int64) error {
+	a := &im.allocator
+	size := a.fileEnd.Load()
+	if end <= size {
+		return nil
+	}
+	step := min(max(size/fileStepShare, fileStepMin), fileStepMax)
+	size = im.geo.roundUp(max(end, size+step))
+	if err := im.f.Truncate(size); err != nil {
+		return fmt.Errorf("qcow2: extend the image file to %d bytes: %w", size, err)
+	}
+	a.fileEnd.Store(size)
+	return nil
+}

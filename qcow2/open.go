@@ -1,0 +1,250 @@
+package qcow2
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+
+	"csi-qcow2/cache"
+)
+
+// Open opens the image in f. On success the image owns f and Close closes it.
+//
+// An image whose dirty bit is set is repaired first, unless it is opened
+// read-only. Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError
+// says where), and those of f.
+func Open(ctx context.Context, f File, opts Options) (*Image, error) {
+	if opts.Snapshot != "" && !opts.ReadOnly {
+		return nil, fmt.Errorf("%w: snapshot %q must be opened read-only", ErrReadOnly, opts.Snapshot)
+	}
+	h, err := readHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	if !opts.ReadOnly {
+		if h, err = makeConsistent(ctx, f, h); err != nil {
+			return nil, err
+		}
+	}
+	if err := validateTables(f, h); err != nil {
+		return nil, err
+	}
+	if opts.NoFlush {
+		f = unsyncedFile{f}
+	}
+	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs()}
+	if named, ok := f.(interface{ Name() string }); ok {
+		im.name = named.Name()
+	}
+	if err := im.readTables(); err != nil {
+		return nil, err
+	}
+	if err := im.openBacking(ctx); err != nil {
+		return nil, err
+	}
+	if err := im.openHandle(); err != nil {
+		if im.backing != nil {
+			err = errors.Join(err, im.backing.Close())
+		}
+		return nil, err
+	}
+	return im, nil
+}
+
+// makeConsistent repairs an image whose dirty bit is set, refuses one whose
+// corrupt bit is set, and clears the autoclear bits: this package keeps none of
+// the structures that they vouch for. It returns the header as it is then.
+func makeConsistent(ctx context.Context, f File, h *header) (*header, error) {
+	if h.corrupt() {
+		return nil, fmt.Errorf("%w: its corrupt bit is set; it can be opened read-only, or repaired with: csi-qcow2 img check -r all", ErrCorrupt)
+	}
+	if h.dirty() {
+		if _, err := checkFile(ctx, f, h, CheckOptions{RepairAll: true}); err != nil {
+			return nil, fmt.Errorf("qcow2: repair after an unclean end: %w", err)
+		}
+		var err error
+		if h, err = readHeader(f); err != nil {
+			return nil, err
+		}
+		if h.dirty() {
+			return nil, fmt.Errorf("%w: it was not closed cleanly and cannot be repaired automatically; see: csi-qcow2 img check -r all", ErrCorrupt)
+		}
+	}
+	if h.autoclear != 0 && h.version >= 3 {
+		if _, err := f.WriteAt(make([]byte, 8), hdrOffAutoclear); err != nil {
+			return nil, fmt.Errorf("qcow2: clear autoclear bits: %w", err)
+		}
+		if err := f.Datasync(); err != nil {
+			return nil, fmt.Errorf("qcow2: clear autoclear bits: %w", err)
+		}
+		h.autoclear = 0
+	}
+	return h, nil
+}
+
+// readTables reads the tables that stay in memory whole, and picks the L1 table
+// of the snapshot that was asked for.
+func (im *Image) readTables() error {
+	h, g := im.hdr, &im.geo
+	records, bytes, err := readSnapshotTableSize(im.f, h)
+	if err != nil {
+		return err
+	}
+	im.records, im.recordsBytes = records, bytes
+	size, l1Off, l1Size := int64(h.size), h.l1Offset, int(h.l1Size)
+	if im.opts.Snapshot != "" {
+		i, err := findSnapshot(records, im.opts.Snapshot)
+		if err != nil {
+			return err
+		}
+		r := &records[i]
+		l1Off, l1Size = r.l1Offset, int(r.l1Size)
+		if r.diskSize != 0 {
+			size = int64(r.diskSize)
+		}
+		if int64(l1Size) < g.l1EntriesFor(size) {
+			return corruptf("snapshot L1 table", l1Off, "%d entries do not cover %d bytes", l1Size, size)
+		}
+	}
+	entries, err := readTable(im.f, "L1 table", l1Off, l1Size)
+	if err != nil {
+		return err
+	}
+	im.l1.Store(newL1Table(l1Off, entries))
+	im.size.Store(size)
+	if im.opts.ReadOnly {
+		return nil // refcounts are not looked at
+	}
+	reftable, err := readTable(im.f, "refcount table", h.refcountTableOffset, int(int64(h.refcountTableClusters)*g.clusterSize/entryBytes))
+	if err != nil {
+		return err
+	}
+	fileSize, err := im.f.Size()
+	if err != nil {
+		return fmt.Errorf("qcow2: size of the image file: %w", err)
+	}
+	im.allocator.init(g, h.refcountTableOffset, reftable, fileSize)
+	return nil
+}
+
+func (im *Image) openBacking(ctx context.Context) error {
+	if im.hdr.backingName == "" {
+		return nil
+	}
+	if im.opts.OpenBacking == nil {
+		return fmt.Errorf("%w: the image has a backing file, %q, and none may be opened", ErrUnsupported, im.hdr.backingName)
+	}
+	backing, err := im.opts.OpenBacking(ctx, im.hdr.backingName, im.hdr.backingFormat)
+	if err != nil {
+		return fmt.Errorf("qcow2: backing file %q: %w", im.hdr.backingName, err)
+	}
+	im.backing = backing
+	return nil
+}
+
+func (im *Image) openHandle() error {
+	c := im.opts.Cache
+	if c == nil {
+		own, err := cache.New(cache.Options{Bytes: DefaultCacheBytes})
+		if err != nil {
+			return err
+		}
+		c, im.own = own, own
+	}
+	id := im.opts.ID
+	if id == ([16]byte{}) {
+		if _, err := rand.Read(id[:]); err != nil {
+			return err
+		}
+	}
+	handle, err := c.Open(&tableFile{im.f}, cache.HandleOptions{ID: id, SliceBytes: im.geo.sliceBytes, Classes: classCount})
+	if err != nil {
+		if im.own != nil {
+			err = errors.Join(err, im.own.Close())
+		}
+		return err
+	}
+	im.handle = handle
+	return nil
+}
+
+// tableFile is the image file as the cache sees it: a table that lies beyond the
+// end of the file is corrupt, and what the file does not hold of one is zero.
+type tableFile struct{ File }
+
+func (t *tableFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := t.File.ReadAt(p, off)
+	switch {
+	case n == len(p):
+		return n, nil
+	case n == 0 && errors.Is(err, io.EOF):
+		return 0, corruptf("table", HostOffset(off), "it lies beyond the end of the file")
+	case errors.Is(err, io.EOF):
+		clear(p[n:])
+		return len(p), nil
+	}
+	return n, err
+}
+
+// unsyncedFile is a file that is never synced.
+type unsyncedFile struct{ File }
+
+func (unsyncedFile) Datasync() error { return nil }
+
+// Info describes the image as `qemu-img info` does.
+type Info struct {
+	Version         int   // 2 or 3
+	VirtualSize     int64 // bytes
+	ClusterSize     int64 // bytes
+	RefcountBits    int
+	LazyRefcounts   bool
+	Dirty           bool
+	Corrupt         bool
+	ExtendedL2      bool
+	CompressionType string // "zlib" or "zstd"
+	BackingFile     string
+	BackingFormat   string
+	Snapshots       []Snapshot
+	FileSize        int64 // bytes of the host file
+}
+
+// Info returns a description of the image.
+func (im *Image) Info() Info {
+	im.hdrMu.Lock()
+	h := *im.hdr
+	im.hdrMu.Unlock()
+	info := Info{
+		Version:         int(h.version),
+		VirtualSize:     im.size.Load(),
+		ClusterSize:     im.geo.clusterSize,
+		RefcountBits:    int(im.geo.refcountBits),
+		LazyRefcounts:   h.compatible&compatLazyRefcounts != 0,
+		Dirty:           h.dirty(),
+		Corrupt:         h.corrupt(),
+		ExtendedL2:      h.incompatible&incompatExtL2 != 0,
+		CompressionType: "zlib",
+		BackingFile:     h.backingName,
+		BackingFormat:   h.backingFormat,
+		Snapshots:       im.Snapshots(),
+	}
+	if h.compressionType == compressionZstd {
+		info.CompressionType = "zstd"
+	}
+	if size, err := im.f.Size(); err == nil {
+		info.FileSize = size
+	}
+	return info
+}
+
+// L1TableOf returns where the L1 table of the internal snapshot id (an ID, or
+// else a name) lies, and how many entries it has: what a header overlay needs.
+func (im *Image) L1TableOf(id string) (off HostOffset, entries int, err error) {
+	records := im.snapshots()
+	i, err := findSnapshot(records, id)
+	if err != nil {
+		return 0, 0, err
+	}
+	return records[i].l1Offset, int(records[i].l1Size), nil
+}

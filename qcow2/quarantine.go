@@ -1,0 +1,139 @@
+package qcow2
+
+import "sync"
+
+// quarantine holds the host clusters whose last guest reference went away, until
+// it is safe to lower their refcounts: the table that dropped the reference is
+// durable (E3, E8), and the requests that may still use the cluster have ended.
+// Until then nothing can allocate or punch them.
+//
+// A crash loses the quarantine: its clusters are then leaks.
+type quarantine struct {
+	mu    sync.Mutex
+	items []quarantined // guarded by mu; stamps never fall from first to last
+
+	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O, only ever tried
+}
+
+type quarantined struct {
+	run
+	pass  uint64 // number of the write back that makes the removal durable
+	epoch uint64 // of the removal
+	table bool   // clusters of a table: slices of them may be in the cache
+}
+
+// maxQuarantined is how many runs may wait before a request writes back by itself.
+const maxQuarantined = 4096
+
+// release gives up one reference to each of n clusters. The caller has stored
+// the table entry that no longer names them.
+func (im *Image) release(first hostCluster, n int64, table bool) {
+	q := &im.quarantine
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	pass, epoch := im.handle.Mark(), im.epochs.now()
+	if len(q.items) > 0 {
+		last := &q.items[len(q.items)-1]
+		if last.pass == pass && last.epoch == epoch && last.table == table && last.first+hostCluster(last.n) == first {
+			last.n += n
+			return
+		}
+	}
+	q.items = append(q.items, quarantined{run{first, n}, pass, epoch, table})
+}
+
+func (q *quarantine) size() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.items)
+}
+
+// reclaim lowers the refcounts of what may leave the quarantine. It returns at
+// once when another goroutine is at it.
+func (im *Image) reclaim() error {
+	q := &im.quarantine
+	if !q.reclaimMu.TryLock() {
+		return nil
+	}
+	defer q.reclaimMu.Unlock()
+	for {
+		q.mu.Lock()
+		if len(q.items) == 0 || im.handle.Done() < q.items[0].pass || !im.epochs.passed(q.items[0].epoch) {
+			q.mu.Unlock()
+			return nil
+		}
+		item := q.items[0]
+		q.items = q.items[1:]
+		if len(q.items) == 0 {
+			q.items = nil // the array it slid along
+		}
+		q.mu.Unlock()
+		if err := im.reclaimRun(item); err != nil {
+			return err // the rest of the run leaks
+		}
+	}
+}
+
+// reclaimRun lowers the refcounts of one run by 1. Clusters that fall to 0 are
+// punched first: once they can be allocated, a punch would destroy new data.
+func (im *Image) reclaimRun(item quarantined) error {
+	g := &im.geo
+	if item.table {
+		for off := g.hostOffset(item.first); off < g.hostOffset(item.first+hostCluster(item.n)); off += HostOffset(g.sliceBytes) {
+			im.handle.Drop(int64(off))
+		}
+	}
+	for item.n > 0 {
+		last, n, err := im.lastReferences(item.run)
+		if err != nil {
+			return err
+		}
+		if last {
+			im.packer.forget(g, item.first, n)
+		}
+		if last && im.opts.PassDiscard {
+			// What the host cannot punch stays allocated there; nothing is lost.
+			_ = im.f.Punch(int64(g.hostOffset(item.first)), n*g.clusterSize)
+		}
+		if err := im.addRefcounts(item.first, n, -1); err != nil {
+			return err
+		}
+		if last {
+			im.allocator.mu.Lock()
+			im.allocator.rememberFreed(item.first, n)
+			im.allocator.mu.Unlock()
+		}
+		item.first += hostCluster(n)
+		item.n -= n
+	}
+	return nil
+}
+
+// lastReferences returns how many clusters at the start of r are alike: all with
+// refcount 1 (last), or all with another one.
+func (im *Image) lastReferences(r run) (last bool, n int64, err error) {
+	for n < r.n {
+		count, err := im.refcount(r.first + hostCluster(n))
+		if err != nil {
+			return false, 0, err
+		}
+		if n > 0 && (count == 1) != last {
+			break
+		}
+		last = count == 1
+		n++
+	}
+	return last, n, nil
+}
+
+// reclaimIfMany bounds the quarantine for guests that discard or overwrite and
+// never flush. The caller is not inside a request.
+func (im *Image) reclaimIfMany() {
+	if im.quarantine.size() < maxQuarantined {
+		return
+	}
+	if im.handle.WriteBack() == nil {
+		// An error leaves leaks; the next Flush reports what is wrong with the file.
+		_ = im.reclaim()
+	}
+}
