@@ -356,3 +356,13 @@ func (d *Disk) setPage(i int64, p *page) {
 	}
 	d.pages[i] = p
 }
+
+// Equal reports whether d and other have the same content and size.
+func (d *Disk) Equal(other *Disk) bool { return d.sum() == other.sum() }
+
+// sum returns the hash of the content that State.Sum is.
+func (d *Disk) sum() uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return newReplay(&Log{base: d.freeze(), size: d.size}).choose(0, "", 0, nil).Sum
+}

@@ -272,3 +272,22 @@ func TestCrashCloneIsLegal(t *testing.T) {
 		t.Errorf("crash clones hold %v, want both a and b only", seen)
 	}
 }
+
+func TestEqual(t *testing.T) {
+	d := NewDisk()
+	d.WriteAt(sectors('a', 8), PageSize)
+	e := d.Clone()
+	e.WriteAt(make([]byte, PageSize), 0) // a page of zeroes is a hole
+	if !d.Equal(e) {
+		t.Error("equal contents are not equal")
+	}
+	e.WriteAt([]byte{1}, 100)
+	if d.Equal(e) {
+		t.Error("other contents are equal")
+	}
+	e = d.Clone()
+	e.Truncate(3 * PageSize)
+	if d.Equal(e) {
+		t.Error("other sizes are equal")
+	}
+}
