@@ -45,6 +45,8 @@ type Disk struct {
 	faults []*Fault // guarded by mu
 	counts counts   // guarded by mu
 	direct int      // guarded by mu; alignment that requests must have, 0 for none
+
+	capacity int64 // guarded by mu; bytes of pages that fit, 0 for no limit
 }
 
 // NewDisk returns an empty file.
@@ -131,6 +133,31 @@ func (d *Disk) SetDirect(align int) {
 	d.direct = align
 }
 
+// SetCapacity makes writes fail with ENOSPC that would need more than n bytes
+// of pages, as on a full file system. 0 means no limit.
+func (d *Disk) SetCapacity(n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.capacity = n
+}
+
+// full returns ENOSPC when a write of n bytes at off does not fit. d.mu is held.
+func (d *Disk) full(off int64, n int) error {
+	if d.capacity == 0 || n == 0 {
+		return nil
+	}
+	pages := int64(len(d.pages))
+	for i := off / PageSize; i*PageSize < off+int64(n); i++ {
+		if d.pages[i] == nil {
+			pages++
+		}
+	}
+	if pages > int64(len(d.pages)) && pages*PageSize > d.capacity {
+		return syscall.ENOSPC
+	}
+	return nil
+}
+
 // ReadAt implements io.ReaderAt.
 func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	d.mu.Lock()
@@ -179,6 +206,9 @@ func (d *Disk) write(op Op, off int64, bufs ...[]byte) (int, error) {
 		total += len(b)
 	}
 	err := d.start(op, off, bufs...)
+	if err == nil {
+		err = d.full(off, total)
+	}
 	var short *shortError
 	if errors.As(err, &short) {
 		total, err = total/2, short.err

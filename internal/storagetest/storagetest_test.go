@@ -291,3 +291,19 @@ func TestEqual(t *testing.T) {
 		t.Error("other sizes are equal")
 	}
 }
+
+func TestCapacity(t *testing.T) {
+	d := NewDisk()
+	d.WriteAt(sectors('a', 8), 0)
+	d.SetCapacity(2 * PageSize)
+	if _, err := d.WriteAt(sectors('b', 16), PageSize); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("write beyond the capacity: %v, want ENOSPC", err)
+	}
+	if _, err := d.WriteAt(sectors('b', 16), 0); err != nil {
+		t.Errorf("write within the capacity: %v", err)
+	}
+	if _, err := d.WriteAt(sectors('c', 16), 0); err != nil {
+		t.Errorf("overwrite in a full file system: %v", err)
+	}
+	wantContent(t, d, sectors('c', 16))
+}
