@@ -38,9 +38,10 @@ type snapshotRecord struct {
 	dateNsec     uint32
 	vmClockNsec  uint64
 	vmStateSize  uint64 // bytes
-	diskSize     uint64 // bytes; 0: not recorded
+	diskSize     uint64 // bytes; as QEMU, the image's size if the table has none
 	icount       uint64 // all ones: not recorded
 	unknownExtra []byte // extra data after icount
+	incomplete   bool   // read without a disk size, which version 3 requires
 }
 
 const (
@@ -69,6 +70,9 @@ func readSnapshotTableSize(f File, h *header) ([]snapshotRecord, int64, error) {
 		s := r.next()
 		if r.err != nil {
 			return nil, 0, r.err
+		}
+		if s.incomplete {
+			s.diskSize = h.size
 		}
 		records = append(records, s)
 	}
@@ -99,6 +103,7 @@ func (r *snapshotReader) next() snapshotRecord {
 		vmClockNsec: be.Uint64(b[24:]),
 		vmStateSize: uint64(be.Uint32(b[32:])),
 		icount:      icountNotRecorded,
+		incomplete:  true,
 	}
 	extraSize := be.Uint32(b[36:])
 	if extraSize > maxSnapshotExtra {
@@ -110,7 +115,7 @@ func (r *snapshotReader) next() snapshotRecord {
 		s.vmStateSize = be.Uint64(extra)
 	}
 	if len(extra) >= snapshotExtraBytesV3 {
-		s.diskSize = be.Uint64(extra[8:])
+		s.diskSize, s.incomplete = be.Uint64(extra[8:]), false
 	}
 	if len(extra) >= snapshotExtraBytes {
 		s.icount = be.Uint64(extra[16:])
@@ -143,8 +148,8 @@ func (r *snapshotReader) bytes(n int, start HostOffset) []byte {
 }
 
 // encodeSnapshotTable returns the table of records: each padded to a multiple
-// of 8 bytes, with the 24 bytes of extra data that QEMU writes. A record
-// without a disk size keeps none: then its extra data ends before it.
+// of 8 bytes, with the 24 bytes of extra data that QEMU writes and what was
+// unknown after them.
 //
 // IDs and names must not be longer than 65535 bytes.
 func encodeSnapshotTable(records []snapshotRecord) []byte {
@@ -152,10 +157,6 @@ func encodeSnapshotTable(records []snapshotRecord) []byte {
 	be := binary.BigEndian
 	for i := range records {
 		s := &records[i]
-		extraSize := snapshotExtraBytes + len(s.unknownExtra)
-		if s.diskSize == 0 {
-			extraSize = 8
-		}
 		var small uint32 // a state that needs 64 bits is only in the extra data
 		if s.vmStateSize <= 1<<32-1 {
 			small = uint32(s.vmStateSize)
@@ -168,13 +169,11 @@ func encodeSnapshotTable(records []snapshotRecord) []byte {
 		b = be.AppendUint32(b, s.dateNsec)
 		b = be.AppendUint64(b, s.vmClockNsec)
 		b = be.AppendUint32(b, small)
-		b = be.AppendUint32(b, uint32(extraSize))
+		b = be.AppendUint32(b, uint32(snapshotExtraBytes+len(s.unknownExtra)))
 		b = be.AppendUint64(b, s.vmStateSize)
-		if s.diskSize != 0 {
-			b = be.AppendUint64(b, s.diskSize)
-			b = be.AppendUint64(b, s.icount)
-			b = append(b, s.unknownExtra...)
-		}
+		b = be.AppendUint64(b, s.diskSize)
+		b = be.AppendUint64(b, s.icount)
+		b = append(b, s.unknownExtra...)
 		b = append(b, s.id...)
 		b = append(b, s.name...)
 		b = append(b, make([]byte, -len(b)&7)...)
