@@ -60,9 +60,13 @@ type Image struct {
 	closed  atomic.Bool
 	failure atomic.Pointer[error]
 
-	// gate admits requests that change guest bytes (shared), and lets what
-	// changes the image as a whole wait for them and keep them out (alone).
+	// structural is held by what changes the image as a whole: snapshots, resize,
+	// check, close; one at a time, over their I/O. No request takes it.
+	structural sync.Mutex
+	// gate admits requests that change guest bytes (shared), and lets structural
+	// changes wait for them and keep them out for a moment (alone).
 	gate     sync.RWMutex
+	cut      atomic.Pointer[cut] // the snapshot on its way, nil if none; set under gate held alone
 	epochs   *epochs
 	claims   claims // of guest clusters
 	l1Claims claims // of L1 entries
@@ -71,7 +75,7 @@ type Image struct {
 	quarantine quarantine
 	packer     packer
 
-	unclean bool // a change failed half way: the dirty bit must stay; guarded by gate held alone
+	unclean bool // a change failed half way: the dirty bit must stay; guarded by structural
 
 	hdrMu        sync.Mutex
 	hdr          *header          // guarded by hdrMu, but for what never changes: version, compression
@@ -83,6 +87,8 @@ type Image struct {
 // backing chain. It waits for requests under way. A failed image is closed
 // without writing anything more, and Close returns why it failed.
 func (im *Image) Close() error {
+	im.structural.Lock()
+	defer im.structural.Unlock()
 	im.gate.Lock()
 	defer im.gate.Unlock()
 	if im.closed.Swap(true) {
@@ -151,6 +157,8 @@ func (im *Image) Size() int64 { return im.size.Load() }
 // Check verifies the whole image. Writers wait while it runs. It repairs
 // nothing: CheckFile does, on an image that is not open.
 func (im *Image) Check(ctx context.Context, o CheckOptions) (CheckResult, error) {
+	im.structural.Lock()
+	defer im.structural.Unlock()
 	im.gate.Lock()
 	defer im.gate.Unlock()
 	if im.closed.Load() {
@@ -178,6 +186,8 @@ func (im *Image) Check(ctx context.Context, o CheckOptions) (CheckResult, error)
 // the next open. An empty name removes the backing file, with a write that a
 // power loss cannot tear; another name rewrites the header cluster.
 func (im *Image) SetBacking(ctx context.Context, name, format string) error {
+	im.structural.Lock()
+	defer im.structural.Unlock()
 	im.gate.Lock()
 	defer im.gate.Unlock()
 	if err := im.writable(); err != nil {

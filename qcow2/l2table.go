@@ -18,6 +18,11 @@ func (im *Image) ensureL2(index int) (HostOffset, error) {
 	if err != nil || (off != 0 && e.copied()) {
 		return off, err
 	}
+	if c := im.cut.Load(); c != nil && off != 0 {
+		if err := im.sweepTable(c, index); err != nil {
+			return 0, err
+		}
+	}
 	first, _, _, err := im.alloc(1)
 	if err != nil {
 		return 0, err

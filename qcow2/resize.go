@@ -15,6 +15,8 @@ func (im *Image) Resize(ctx context.Context, size int64) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	im.structural.Lock()
+	defer im.structural.Unlock()
 	im.gate.Lock()
 	defer im.gate.Unlock()
 	if err := im.writable(); err != nil {

@@ -1,8 +1,8 @@
 package qcow2
 
 import (
-	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -79,83 +79,13 @@ func nextSnapshotID(records []snapshotRecord) string {
 	return strconv.FormatUint(highest+1, 10)
 }
 
-// CreateSnapshot takes an internal snapshot: all writes that returned before
-// the call are in it, none that starts after it has returned. It is durable
-// when it returns. An empty s.ID gets the next free decimal number, as QEMU
-// numbers them; a zero Date is now. Writers wait while it runs.
-//
-// The commit is the header's switch to the new snapshot table; a crash before
-// it leaves leaks and the dirty bit, which makes the next opener repair them.
-func (im *Image) CreateSnapshot(ctx context.Context, s Snapshot) (Snapshot, error) {
-	if err := ctx.Err(); err != nil {
-		return Snapshot{}, err
-	}
-	im.gate.Lock()
-	defer im.gate.Unlock()
-	if err := im.writable(); err != nil {
-		return Snapshot{}, err
-	}
-	records := im.snapshots()
-	if len(records) >= maxSnapshots {
-		return Snapshot{}, fmt.Errorf("%w: the image has %d", ErrTooManySnapshots, len(records))
-	}
-	if uint64(len(records))+2 > im.geo.refcountMax {
-		return Snapshot{}, fmt.Errorf("%w: refcounts of %d bits hold no more than %d snapshots", ErrRefcountOverflow, im.geo.refcountBits, len(records))
-	}
-	if s.ID == "" {
-		s.ID = nextSnapshotID(records)
-	}
-	if len(s.ID) > maxSnapshotString || len(s.Name) > maxSnapshotString {
-		return Snapshot{}, fmt.Errorf("%w: snapshot ID or name of more than %d bytes", ErrTooLarge, maxSnapshotString)
-	}
-	for i := range records {
-		if records[i].id == s.ID {
-			return Snapshot{}, fmt.Errorf("%w: ID %q", ErrSnapshotExists, s.ID)
-		}
-	}
-	if s.Date.IsZero() {
-		s.Date = time.Now()
-	}
-	record := snapshotRecord{
-		id: s.ID, name: s.Name,
-		dateSec: uint32(s.Date.Unix()), dateNsec: uint32(s.Date.Nanosecond()),
-		vmClockNsec: uint64(s.VMClock), vmStateSize: uint64(s.VMStateSize),
-		diskSize: uint64(im.size.Load()), icount: icountNotRecorded,
-	}
-	err := im.whileDirty(func() error {
-		entries := im.l1.Load().snapshot()
-		if err := im.addTree(ctx, entries, 1); err != nil {
-			return err
-		}
-		return im.commitSnapshot(ctx, entries, record)
-	})
-	if err != nil {
-		return Snapshot{}, fmt.Errorf("qcow2: create snapshot %q: %w", s.Name, err)
-	}
-	return record.public(im.size.Load()), nil
-}
-
 // maxSnapshotString is the longest ID or name that fits its 16-bit length field.
 const maxSnapshotString = 1<<16 - 1
-
-// commitSnapshot clears the COPIED flags that are not true any more, and makes
-// the snapshot of entries part of the table.
-func (im *Image) commitSnapshot(ctx context.Context, entries []uint64, record snapshotRecord) error {
-	if err := im.clearCopied(ctx); err != nil {
-		return err
-	}
-	first, err := im.writeL1(entries) // makes the raised refcounts durable, too (E4)
-	if err != nil {
-		return err
-	}
-	record.l1Offset, record.l1Size = im.geo.hostOffset(first), uint32(len(entries))
-	return im.switchSnapshots(append(append([]snapshotRecord(nil), im.snapshots()...), record))
-}
 
 // switchSnapshots writes the snapshot table of records, makes it durable, and
 // commits it with one write of 12 bytes of the header (E5).
 //
-// Preconditions: the gate is held alone.
+// Preconditions: im.structural is held.
 func (im *Image) switchSnapshots(records []snapshotRecord) error {
 	g := &im.geo
 	raw := encodeSnapshotTable(records)
@@ -190,97 +120,6 @@ func (im *Image) switchSnapshots(records []snapshotRecord) error {
 	return nil
 }
 
-// DeleteSnapshot removes the internal snapshot id (an ID, or else a name). The
-// commit comes first; a crash after it leaves leaks. Writers wait while it runs.
-func (im *Image) DeleteSnapshot(ctx context.Context, id string) error {
-	im.gate.Lock()
-	defer im.gate.Unlock()
-	if err := im.writable(); err != nil {
-		return err
-	}
-	records := im.snapshots()
-	at, err := findSnapshot(records, id)
-	if err != nil {
-		return err
-	}
-	record := records[at]
-	entries, err := im.readSnapshotL1(&record)
-	if err != nil {
-		return err
-	}
-	rest := append(append([]snapshotRecord(nil), records[:at]...), records[at+1:]...)
-	err = im.whileDirty(func() error {
-		if err := im.switchSnapshots(rest); err != nil {
-			return err
-		}
-		if err := im.addTree(context.WithoutCancel(ctx), entries, -1); err != nil {
-			return err
-		}
-		clusters := im.geo.clusters(int64(record.l1Size) * entryBytes)
-		if err := im.reclaimRun(quarantined{run: run{im.geo.hostCluster(record.l1Offset), clusters}, table: true}); err != nil {
-			return err
-		}
-		return im.fixCopied(context.WithoutCancel(ctx))
-	})
-	if err != nil {
-		return fmt.Errorf("qcow2: delete snapshot %q: %w", id, err)
-	}
-	return nil
-}
-
-// ApplySnapshot makes the active state equal to the internal snapshot id (an
-// ID, or else a name), its virtual size included. The snapshot stays. A crash
-// leaves the old state or the new one: the active L1 table is not overwritten
-// but replaced by a new one through the header. Writers wait while it runs.
-func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
-	im.gate.Lock()
-	defer im.gate.Unlock()
-	if err := im.writable(); err != nil {
-		return err
-	}
-	records := im.snapshots()
-	at, err := findSnapshot(records, id)
-	if err != nil {
-		return err
-	}
-	entries, err := im.readSnapshotL1(&records[at])
-	if err != nil {
-		return err
-	}
-	size := im.size.Load()
-	if records[at].diskSize != 0 {
-		size = int64(records[at].diskSize)
-	}
-	for int64(len(entries)) < im.geo.l1EntriesFor(size) {
-		entries = append(entries, 0)
-	}
-	err = im.whileDirty(func() error {
-		if err := im.addTree(ctx, entries, 1); err != nil {
-			return err
-		}
-		for i := range entries {
-			entries[i] &^= entryCopied
-		}
-		first, err := im.writeL1(entries)
-		if err != nil {
-			return err
-		}
-		old := im.l1.Load().snapshot()
-		if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {
-			return err
-		}
-		im.epochs.synchronize() // readers of the old state
-		if err := im.addTree(context.WithoutCancel(ctx), old, -1); err != nil {
-			return err
-		}
-		return im.fixCopied(context.WithoutCancel(ctx))
-	})
-	if err != nil {
-		return fmt.Errorf("qcow2: apply snapshot %q: %w", id, err)
-	}
-	return nil
-}
-
 // readSnapshotL1 reads the L1 table of a snapshot.
 func (im *Image) readSnapshotL1(r *snapshotRecord) ([]uint64, error) {
 	if uint64(r.l1Size)*entryBytes > maxL1Bytes || !im.geo.aligned(r.l1Offset) || r.l1Offset >= maxHostOffset {
@@ -291,22 +130,21 @@ func (im *Image) readSnapshotL1(r *snapshotRecord) ([]uint64, error) {
 
 // whileDirty runs change with the dirty bit set in the file (E7): refcounts and
 // COPIED flags pass through states that only a repair explains. If change fails
-// the bit stays, and the next opener repairs the image.
+// and did not put everything back, the bit stays, and the next opener repairs
+// the image.
 //
-// Preconditions: the gate is held alone.
-func (im *Image) whileDirty(change func() error) error {
-	if err := im.handle.WriteBack(); err != nil {
-		return err
-	}
+// Preconditions: im.structural is held.
+func (im *Image) whileDirty(change func() (undone bool, err error)) error {
 	if err := im.setIncompatible(incompatDirty, true); err != nil {
 		return err
 	}
-	if err := change(); err != nil {
+	undone, err := change()
+	if err != nil && !undone {
 		im.unclean = true
 		return err
 	}
-	if err := im.handle.WriteBack(); err != nil || im.unclean {
-		return err
+	if werr := im.handle.WriteBack(); werr != nil || im.unclean {
+		return errors.Join(err, werr)
 	}
-	return im.setIncompatible(incompatDirty, false)
+	return errors.Join(err, im.setIncompatible(incompatDirty, false))
 }

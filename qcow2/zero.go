@@ -3,14 +3,31 @@ package qcow2
 // WriteZeroes implements Disk. Whole clusters become zero clusters: no data is
 // written, and with unmap their host clusters are freed.
 func (im *Image) WriteZeroes(off, n int64, unmap bool) error {
-	_, err := im.change(off, n, func() (int, error) { return 0, im.writeZeroes(off, n, unmap) })
-	return err
+	return im.changeInSteps(off, n, func(off, n int64) error { return im.writeZeroes(off, n, unmap) })
 }
 
 // Discard implements Disk. Parts of clusters stay as they are.
 func (im *Image) Discard(off, n int64) error {
-	_, err := im.change(off, n, func() (int, error) { return 0, im.discard(off, n) })
-	return err
+	return im.changeInSteps(off, n, im.discard)
+}
+
+// changeInSteps makes one request of several where the range is large, so that
+// what waits for requests under way does not wait for all of it. The steps end
+// at borders of L2 tables.
+func (im *Image) changeInSteps(off, n int64, step func(off, n int64) error) error {
+	if err := im.checkRange(off, n); err != nil {
+		return err
+	}
+	span := int64(1) << (im.geo.clusterBits + im.geo.l2Bits)
+	for first := true; first || n > 0; first = false {
+		k := min(n, span-off&(span-1))
+		if _, err := im.change(off, k, func() (int, error) { return 0, step(off, k) }); err != nil {
+			return err
+		}
+		off += k
+		n -= k
+	}
+	return nil
 }
 
 // wholeClusters returns the clusters that lie in [off, off+n) whole. The last
@@ -44,7 +61,8 @@ func (im *Image) writeZeroes(off, n int64, unmap bool) error {
 		if k == 0 { // version 2 cannot say zero over a backing file
 			k = 1
 			at := int64(g.guestOffset(c))
-			if err := im.writeZeroData(at, min(g.clusterSize, im.size.Load()-at)); err != nil {
+			end := max(im.size.Load(), off+n) // Resize zeroes beyond the size before it changes
+			if err := im.writeZeroData(at, min(g.clusterSize, end-at)); err != nil {
 				return err
 			}
 		}
@@ -83,12 +101,13 @@ func (im *Image) zeroed(e l2Entry, unmap bool) (now l2Entry, ok bool) {
 }
 
 // discarded returns what is left of e after a discard: nothing if that reads as
-// zeroes, else a zero cluster; in version 2, which has none, e stays.
+// zeroes, else a zero cluster, also where the backing file showed through; in
+// version 2, which has none, e stays.
 func (im *Image) discarded(e l2Entry) (now l2Entry, ok bool) {
 	switch {
 	case im.backing == nil:
 		return 0, true
-	case e.kind() == kindUnallocated || im.version < 3:
+	case im.version < 3:
 		return e, true
 	}
 	return makeL2(0, false, true), true

@@ -1,0 +1,76 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+)
+
+// ApplySnapshot makes the active state equal to the internal snapshot id (an
+// ID, or else a name), its virtual size included. The snapshot stays. A crash
+// leaves the old state or the new one: the active L1 table is not overwritten
+// but replaced by a new one through the header. Writers wait while it runs:
+// nobody has a use for a disk that changes under it.
+func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
+	im.structural.Lock()
+	defer im.structural.Unlock()
+	im.gate.Lock()
+	defer im.gate.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := im.writable(); err != nil {
+		return err
+	}
+	records := im.snapshots()
+	at, err := findSnapshot(records, id)
+	if err != nil {
+		return err
+	}
+	entries, err := im.readSnapshotL1(&records[at])
+	if err != nil {
+		return err
+	}
+	size := im.size.Load()
+	if records[at].diskSize != 0 {
+		size = int64(records[at].diskSize)
+	}
+	for int64(len(entries)) < im.geo.l1EntriesFor(size) {
+		entries = append(entries, 0)
+	}
+	ctx = context.WithoutCancel(ctx)
+	err = im.whileDirty(func() (undone bool, err error) { return false, im.replaceState(ctx, entries, size) })
+	if err != nil {
+		return fmt.Errorf("qcow2: apply snapshot %q: %w", id, err)
+	}
+	return nil
+}
+
+// replaceState makes entries, the L1 table of a snapshot, the active one.
+func (im *Image) replaceState(ctx context.Context, entries []uint64, size int64) error {
+	for i := range entries {
+		entries[i] &^= entryCopied
+		table := l1Entry(entries[i]).offset()
+		if table == 0 {
+			continue
+		}
+		if !im.geo.aligned(table) {
+			return corruptf("snapshot L1 entry", HostOffset(i*entryBytes), "L2 table offset %#x is not aligned to a cluster", uint64(table))
+		}
+		if err := im.raiseTable(table); err != nil {
+			return err
+		}
+	}
+	first, err := im.writeL1(entries)
+	if err != nil {
+		return err
+	}
+	old := im.l1.Load().snapshot()
+	if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {
+		return err
+	}
+	im.epochs.synchronize() // readers of the old state
+	if err := im.lowerTree(old); err != nil {
+		return err
+	}
+	return im.fixCopied(ctx)
+}

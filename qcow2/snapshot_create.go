@@ -1,0 +1,237 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// CreateSnapshot takes an internal snapshot: all writes that returned before
+// the call are in it, none that starts after it has returned. It is durable
+// when it returns. An empty s.ID gets the next free decimal number, as QEMU
+// numbers them; a zero Date is now.
+//
+// It has three parts, of which only the first keeps writers out:
+//
+//	cut     Wait for the writes under way, copy the L1 table, clear COPIED in
+//	        it: from here on no write goes to a cluster in place.
+//	sweep   Table by table, raise the refcounts of what it maps and clear its
+//	        COPIED flags. A write to a table that was not swept yet sweeps it
+//	        first, and then, as it is shared, copies it.
+//	commit  Make all that durable, then the new snapshot table, then switch
+//	        the header to it.
+//
+// A crash before the commit leaves raised refcounts and the dirty bit, which
+// makes the next opener repair them. Errors before it are undone the same way
+// as the sweep went.
+func (im *Image) CreateSnapshot(ctx context.Context, s Snapshot) (Snapshot, error) {
+	im.structural.Lock()
+	defer im.structural.Unlock()
+	if err := im.writable(); err != nil {
+		return Snapshot{}, err
+	}
+	if err := im.admitSnapshot(&s); err != nil {
+		return Snapshot{}, err
+	}
+	var record snapshotRecord
+	err := im.whileDirty(func() (undone bool, err error) {
+		cut := im.makeCut()
+		record = newRecord(s, cut.size)
+		if err = im.sweepAll(ctx, cut); err == nil {
+			err = im.commitSnapshot(cut, record)
+		}
+		if err != nil && im.failed() == nil {
+			undone = im.undoCut(context.WithoutCancel(ctx), cut) == nil
+		}
+		im.cut.Store(nil)
+		return undone, err
+	})
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("qcow2: create snapshot %q: %w", s.Name, err)
+	}
+	return record.public(int64(record.diskSize)), nil
+}
+
+// admitSnapshot checks that s can be added, and fills in what it leaves open.
+func (im *Image) admitSnapshot(s *Snapshot) error {
+	records := im.snapshots()
+	if len(records) >= maxSnapshots {
+		return fmt.Errorf("%w: the image has %d", ErrTooManySnapshots, len(records))
+	}
+	if uint64(len(records))+2 > im.geo.refcountMax {
+		return fmt.Errorf("%w: refcounts of %d bits hold no more than %d snapshots", ErrRefcountOverflow, im.geo.refcountBits, len(records))
+	}
+	if s.ID == "" {
+		s.ID = nextSnapshotID(records)
+	}
+	if len(s.ID) > maxSnapshotString || len(s.Name) > maxSnapshotString {
+		return fmt.Errorf("%w: snapshot ID or name of more than %d bytes", ErrTooLarge, maxSnapshotString)
+	}
+	for i := range records {
+		if records[i].id == s.ID {
+			return fmt.Errorf("%w: ID %q", ErrSnapshotExists, s.ID)
+		}
+	}
+	if s.Date.IsZero() {
+		s.Date = time.Now()
+	}
+	return nil
+}
+
+// newRecord returns the record of s for a disk of size bytes, without its L1 table.
+func newRecord(s Snapshot, size int64) snapshotRecord {
+	return snapshotRecord{
+		id: s.ID, name: s.Name,
+		dateSec: uint32(s.Date.Unix()), dateNsec: uint32(s.Date.Nanosecond()),
+		vmClockNsec: uint64(s.VMClock), vmStateSize: uint64(s.VMStateSize),
+		diskSize: uint64(size), icount: icountNotRecorded,
+	}
+}
+
+// A cut is the state of an image at one moment, on the way to a snapshot.
+type cut struct {
+	size    int64    // virtual size, bytes
+	entries []uint64 // the L1 table
+	// tables says how far each table of entries has come; guarded by the claim
+	// of its L1 entry.
+	tables []tableState
+}
+
+type tableState uint8
+
+const (
+	tableUnswept tableState = iota
+	tableSwept              // its refcounts are raised, its COPIED flags clear
+	tableUndone             // the snapshot failed: leave it alone
+)
+
+// makeCut waits for the requests under way and cuts.
+func (im *Image) makeCut() *cut {
+	im.gate.Lock()
+	defer im.gate.Unlock()
+	l1 := im.l1.Load()
+	c := &cut{size: im.size.Load(), entries: l1.snapshot(), tables: make([]tableState, len(l1.entries))}
+	for i := range l1.entries {
+		if e := l1.entries[i].Load(); e&entryCopied != 0 {
+			// The cache has the flag still; the sweep clears it there.
+			l1.entries[i].Store(e &^ entryCopied)
+		}
+	}
+	im.cut.Store(c)
+	return c
+}
+
+// sweepAll sweeps every table of c.
+func (im *Image) sweepAll(ctx context.Context, c *cut) error {
+	for i, e := range c.entries {
+		if l1Entry(e).offset() == 0 {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		held := im.l1Claims.acquire(uint64(i), uint64(i), 1)
+		err := im.sweepTable(c, i)
+		im.l1Claims.release(held)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweepTable sweeps table i of c unless that is done.
+//
+// Preconditions: the caller holds the claim of L1 entry i.
+func (im *Image) sweepTable(c *cut, i int) error {
+	e := l1Entry(c.entries[i])
+	if e.offset() == 0 || c.tables[i] != tableUnswept {
+		return nil
+	}
+	if err := im.raiseTable(e.offset()); err != nil {
+		return err
+	}
+	c.tables[i] = tableSwept
+	// Nobody has replaced the active entry: that takes a swept table.
+	return im.storeL1(i, makeL1(e.offset(), false))
+}
+
+// raiseTable raises the refcounts of the L2 table at off and of all that it
+// maps, and clears its COPIED flags. On an error what was raised is lowered again.
+func (im *Image) raiseTable(off HostOffset) error {
+	var raised []run
+	add := func(r run) error {
+		err := im.addRefcounts(r.first, r.n, 1)
+		if err == nil {
+			raised = append(raised, r)
+		}
+		return err
+	}
+	err := im.eachSlice(off, func(slice int64, l2 []uint64) error {
+		if err := im.eachRun(l2, add); err != nil {
+			return err
+		}
+		return im.clearCopied(off, slice, l2)
+	})
+	if err == nil {
+		err = add(run{im.geo.hostCluster(off), 1})
+	}
+	if err != nil {
+		for _, r := range raised {
+			// What cannot be lowered leaks until a repair.
+			_ = im.addRefcounts(r.first, r.n, -1)
+		}
+	}
+	return err
+}
+
+// clearCopied clears the COPIED flags of a slice whose entries are l2.
+func (im *Image) clearCopied(table HostOffset, slice int64, l2 []uint64) error {
+	changed := false
+	for i, e := range l2 {
+		if e&entryCopied != 0 {
+			l2[i] = e &^ entryCopied
+			changed = true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	t, err := im.handle.Get(classL2, int64(table)+slice)
+	if err != nil {
+		return err
+	}
+	t.SetWords(0, l2)
+	t.Unpin()
+	return nil
+}
+
+// commitSnapshot makes the snapshot of c part of the snapshot table.
+func (im *Image) commitSnapshot(c *cut, record snapshotRecord) error {
+	first, err := im.writeL1(c.entries) // makes the raised refcounts durable, too (E4)
+	if err != nil {
+		return err
+	}
+	record.l1Offset, record.l1Size = im.geo.hostOffset(first), uint32(len(c.entries))
+	err = im.switchSnapshots(append(append([]snapshotRecord(nil), im.snapshots()...), record))
+	if err != nil && im.failed() == nil {
+		im.free(first, max(im.geo.clusters(int64(len(c.entries))*entryBytes), 1))
+	}
+	return err
+}
+
+// undoCut lowers what the sweep raised and puts the COPIED flags back.
+func (im *Image) undoCut(ctx context.Context, c *cut) error {
+	for i, e := range c.entries {
+		held := im.l1Claims.acquire(uint64(i), uint64(i), 1)
+		swept := c.tables[i] == tableSwept
+		c.tables[i] = tableUndone
+		im.l1Claims.release(held)
+		if swept {
+			if err := im.lowerTable(l1Entry(e).offset()); err != nil {
+				return err
+			}
+		}
+	}
+	return im.fixCopied(ctx)
+}
