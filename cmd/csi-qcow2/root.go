@@ -77,6 +77,7 @@ func newRootCommand() *cobra.Command {
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(
 		newDemoCommand(),
+		newNBDCommand(),
 		newVersionCommand(),
 	)
 	return root
