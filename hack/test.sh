@@ -38,7 +38,9 @@ demo() {
 	go test -count=1 -timeout 10m ./internal/demo
 }
 
-manifests() { (cd deploy/kubernetes/check && go vet ./... && go test -count=1 ./...); }
+manifests() {
+	(cd deploy/kubernetes/check && go vet ./... && go test -count=1 ./...)
+}
 
 summary=()
 failed=0

@@ -49,7 +49,7 @@ func (s stage) mounts() ([]leftover, error) {
 	}
 	var mounts []leftover
 	for line := range strings.Lines(string(text)) {
-		// 36 35 98:0 /root /mount/point options… - type source options
+		// ID PARENT MAJOR:MINOR ROOT POINT OPTIONS… - TYPE SOURCE OPTIONS
 		before, after, _ := strings.Cut(line, " - ")
 		fields, tail := strings.Fields(before), strings.Fields(after)
 		if len(fields) < 5 || len(tail) < 2 {

@@ -43,6 +43,8 @@ var examples = map[string]struct{ breaks, keeps []map[string]string }{
 			{"internal/durable/a.go": "package durable\nimport _ \"csi-qcow2/volume\""},
 			{"internal/demo/a.go": "package demo\nimport _ \"csi-qcow2/driver\""},
 			{"driver/a.go": "package driver\nimport _ \"csi-qcow2/internal/demo\""},
+			{"nbdexport/a.go": "package nbdexport\nimport _ \"csi-qcow2/internal/imagebackend\""},
+			{"internal/imagebackend/a.go": "package imagebackend\nimport _ \"csi-qcow2/volume\""},
 		},
 		keeps: []map[string]string{
 			{"cmd/csi-qcow2/a.go": "package main\nimport _ \"csi-qcow2/driver\"\nimport _ \"csi-qcow2/internal/demo\""},
