@@ -38,6 +38,12 @@ func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
 		entries = append(entries, 0)
 	}
 	ctx = context.WithoutCancel(ctx)
+	// The state that comes back may refer to clusters that wait in the
+	// quarantine for one reference less: fixCopied must not count that one.
+	im.epochs.synchronize()
+	if err := im.settle(); err != nil {
+		return err
+	}
 	err = im.whileDirty(func() (undone bool, err error) { return false, im.replaceState(ctx, entries, size) })
 	if err != nil {
 		return fmt.Errorf("qcow2: apply snapshot %q: %w", id, err)
