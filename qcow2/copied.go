@@ -50,20 +50,9 @@ func (im *Image) fixSlice(l1 *l1Table, i, index int) error {
 	words := make([]uint64, perSlice)
 	t.Words(words, 0)
 	t.Unpin()
-	changed := false
-	for k, word := range words {
-		e := l2Entry(word)
-		if e.compressed() || e.offset() == 0 {
-			continue
-		}
-		n, err := im.refcount(g.hostCluster(e.offset()))
-		if err != nil {
-			return err
-		}
-		if now := makeL2(e.offset(), n == 1, e.zero()); now != e {
-			words[k] = uint64(now)
-			changed = true
-		}
+	changed, err := im.fixWords(words)
+	if err != nil {
+		return err
 	}
 	if !changed {
 		return nil
@@ -74,6 +63,33 @@ func (im *Image) fixSlice(l1 *l1Table, i, index int) error {
 	t.SetWords(0, words)
 	t.Unpin()
 	return nil
+}
+
+// fixWords fixes the entries of an L2 slice, and reports whether any changed.
+// Refcounts are looked up for runs of neighbouring host clusters at once.
+func (im *Image) fixWords(words []uint64) (changed bool, err error) {
+	g := &im.geo
+	var alone bool
+	var known run // clusters whose refcount is 1, or is not, as alone says
+	for k, word := range words {
+		e := l2Entry(word)
+		if e.compressed() || e.offset() == 0 {
+			continue
+		}
+		c := g.hostCluster(e.offset())
+		if c < known.first || c >= known.first+hostCluster(known.n) {
+			count, n, err := im.refcountRun(c, int64(len(words)-k))
+			if err != nil {
+				return changed, err
+			}
+			alone, known = count == 1, run{c, n}
+		}
+		if now := makeL2(e.offset(), alone, e.zero()); now != e {
+			words[k] = uint64(now)
+			changed = true
+		}
+	}
+	return changed, nil
 }
 
 // fixL1 fixes L1 entry i.

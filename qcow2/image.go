@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"csi-qcow2/cache"
 )
@@ -30,6 +31,10 @@ type Options struct {
 	OpenBacking BackingOpener
 	// PassDiscard gives the space of freed clusters back to the host file.
 	PassDiscard bool
+	// ReclaimAfter is how long a freed cluster waits at most for a Flush before
+	// it is made available, and given back to the host, without one. Zero
+	// leaves it to Flush and Close.
+	ReclaimAfter time.Duration
 	// NoFlush makes Flush return at once and syncs nothing: cache=unsafe of the tools.
 	NoFlush bool
 }
@@ -95,6 +100,7 @@ func (im *Image) Close() error {
 		return ErrClosed
 	}
 	im.epochs.synchronize()
+	im.quarantine.stopTimer()
 	err := im.failed()
 	if err == nil && !im.opts.ReadOnly {
 		err = im.settle()

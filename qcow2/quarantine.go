@@ -1,6 +1,9 @@
 package qcow2
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
 // quarantine holds the host clusters whose last guest reference went away, until
 // it is safe to lower their refcounts: the table that dropped the reference is
@@ -13,6 +16,12 @@ type quarantine struct {
 	items []quarantined // guarded by mu; stamps never fall from first to last
 
 	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O, only ever tried
+
+	// A timer empties the quarantine of guests that discard and then do nothing
+	// (Options.ReclaimAfter). It runs in a goroutine of its own while armed.
+	armed   bool           // guarded by mu
+	stopped bool           // guarded by mu
+	timers  sync.WaitGroup // armed timers
 }
 
 type quarantined struct {
@@ -40,6 +49,38 @@ func (im *Image) release(first hostCluster, n int64, table bool) {
 		}
 	}
 	q.items = append(q.items, quarantined{run{first, n}, pass, epoch, table})
+	im.armLocked()
+}
+
+// armLocked starts the timer unless it runs or is not wanted. Preconditions: q.mu is held.
+func (im *Image) armLocked() {
+	q := &im.quarantine
+	if im.opts.ReclaimAfter <= 0 || q.armed || q.stopped {
+		return
+	}
+	q.armed = true
+	q.timers.Add(1)
+	time.AfterFunc(im.opts.ReclaimAfter, func() {
+		defer q.timers.Done()
+		// An error leaves leaks; the next Flush reports what is wrong with the file.
+		if im.handle.WriteBack() == nil {
+			_ = im.reclaim()
+		}
+		q.mu.Lock()
+		q.armed = false
+		if len(q.items) > 0 && im.handle.Err() == nil {
+			im.armLocked()
+		}
+		q.mu.Unlock()
+	})
+}
+
+// stopTimer keeps the timer from running any more, and waits for it.
+func (q *quarantine) stopTimer() {
+	q.mu.Lock()
+	q.stopped = true
+	q.mu.Unlock()
+	q.timers.Wait()
 }
 
 func (q *quarantine) size() int {
@@ -84,10 +125,11 @@ func (im *Image) reclaimRun(item quarantined) error {
 		}
 	}
 	for item.n > 0 {
-		last, n, err := im.lastReferences(item.run)
+		count, n, err := im.refcountRun(item.first, item.n)
 		if err != nil {
 			return err
 		}
+		last := count == 1
 		if last {
 			im.packer.forget(g, item.first, n)
 		}
@@ -107,23 +149,6 @@ func (im *Image) reclaimRun(item quarantined) error {
 		item.n -= n
 	}
 	return nil
-}
-
-// lastReferences returns how many clusters at the start of r are alike: all with
-// refcount 1 (last), or all with another one.
-func (im *Image) lastReferences(r run) (last bool, n int64, err error) {
-	for n < r.n {
-		count, err := im.refcount(r.first + hostCluster(n))
-		if err != nil {
-			return false, 0, err
-		}
-		if n > 0 && (count == 1) != last {
-			break
-		}
-		last = count == 1
-		n++
-	}
-	return last, n, nil
 }
 
 // reclaimIfMany bounds the quarantine for guests that discard or overwrite and

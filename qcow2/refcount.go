@@ -28,21 +28,44 @@ func (g *geometry) refblockAt(reftable []uint64, table int) (HostOffset, error) 
 
 // refcount returns the refcount of c.
 func (im *Image) refcount(c hostCluster) (uint64, error) {
+	count, _, err := im.refcountRun(c, 1)
+	return count, err
+}
+
+// refcountRun returns the refcount of c and how many clusters from c on, of at
+// most n, have the same. It looks no further than c's slice of refcounts.
+func (im *Image) refcountRun(c hostCluster, n int64) (count uint64, run int64, err error) {
 	g, a := &im.geo, &im.allocator
 	table, index := g.refblockIndex(c)
 	a.mu.Lock()
 	block, err := g.refblockAt(a.reftable, table)
 	a.mu.Unlock()
-	if err != nil || block == 0 {
-		return 0, err
+	if err != nil {
+		return 0, 0, err
 	}
-	off, word, shift, _ := g.refcountSlice(block, index)
+	if block == 0 {
+		return 0, min(n, int64(1<<g.refblockBits-index)), nil
+	}
+	off, word, shift, perSlice := g.refcountSlice(block, index)
 	t, err := im.handle.Get(classRefblock, int64(off))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer t.Unpin()
-	return g.getRefcount(t.Load(word), shift), nil
+	w := t.Load(word)
+	count = g.getRefcount(w, shift)
+	index %= perSlice
+	n = min(n, int64(perSlice-index))
+	for run = 1; run < n; run++ {
+		next, shift := g.refcountWord(index + int(run))
+		if next != word {
+			word, w = next, t.Load(next)
+		}
+		if g.getRefcount(w, shift) != count {
+			break
+		}
+	}
+	return count, run, nil
 }
 
 // addRefcounts adds delta (+1 or -1) to the refcounts of n clusters. On an error
