@@ -51,16 +51,18 @@ func (c *checker) countBitmaps() error {
 	}
 	c.addTable(off, int64(size))
 	if int64(off)+int64(size) > c.fileBytes {
-		return nil // reported, unless it is only the rest of the last cluster: then there are no entries to trust
+		c.problem(false, off, "ERROR bitmap directory at %#x: the file ends inside it", uint64(off))
+		return nil
 	}
 	dir := make([]byte, size)
 	if err := readZeroed(c.f, dir, off); err != nil {
 		return fmt.Errorf("qcow2: bitmap directory at %#x: %w", uint64(off), err)
 	}
-	for len(dir) > 0 {
+	count := uint32(0)
+	for ; len(dir) > 0; count++ {
 		n := bitmapEntrySize(dir)
-		if n > len(dir) {
-			c.problem(false, off, "ERROR bitmap directory at %#x: an entry ends beyond it", uint64(off))
+		if n == 0 {
+			c.problem(false, off, "ERROR bitmap directory at %#x: entry %d is invalid", uint64(off), count)
 			return nil
 		}
 		if err := c.countBitmap(HostOffset(binary.BigEndian.Uint64(dir)), binary.BigEndian.Uint32(dir[8:])); err != nil {
@@ -68,18 +70,23 @@ func (c *checker) countBitmaps() error {
 		}
 		dir = dir[n:]
 	}
+	if n := binary.BigEndian.Uint32(ext); n != count {
+		c.problem(false, off, "ERROR bitmap directory at %#x: %d entries, %d in the header extension", uint64(off), count, n)
+	}
 	return nil
 }
 
-// bitmapEntrySize returns the bytes of the first entry of dir, more than dir
-// has if it is not whole.
+// bitmapEntrySize returns the bytes of the first entry of dir, 0 if it is not valid.
 func bitmapEntrySize(dir []byte) int {
 	if len(dir) < bitmapEntryBytes {
-		return bitmapEntryBytes
+		return 0
 	}
-	name := int64(binary.BigEndian.Uint16(dir[18:]))
-	extra := int64(binary.BigEndian.Uint32(dir[20:]))
-	return int((bitmapEntryBytes + name + extra + 7) &^ 7)
+	kind, granularity, name := dir[16], dir[17], int64(binary.BigEndian.Uint16(dir[18:]))
+	n := (bitmapEntryBytes + name + int64(binary.BigEndian.Uint32(dir[20:])) + 7) &^ 7
+	if kind != 1 || granularity < 9 || granularity > 31 || name < 1 || name > 1023 || n > int64(len(dir)) {
+		return 0
+	}
+	return int(n)
 }
 
 // countBitmap counts a bitmap table of n entries at off, and its clusters.

@@ -37,7 +37,7 @@ func (c *checker) eachMismatch(fn func(k hostCluster, stored, refs uint64) error
 		if first >= c.fileClusters {
 			break
 		}
-		if off := refblockOffset(e); off != 0 && c.g.aligned(off) {
+		if off := refblockOffset(e); off != 0 && c.readableBlock(off) {
 			offs = append(offs, off)
 			tables = append(tables, i)
 		}
@@ -57,6 +57,11 @@ func (c *checker) eachMismatch(fn func(k hostCluster, stored, refs uint64) error
 	return c.compareUncovered(next, c.fileClusters, fn)
 }
 
+// readableBlock reports whether there can be a refcount block at off.
+func (c *checker) readableBlock(off HostOffset) bool {
+	return c.g.aligned(off) && off <= math.MaxInt64-HostOffset(c.g.clusterSize)
+}
+
 // firstOfBlock returns the first cluster that refcount block i counts.
 func (c *checker) firstOfBlock(i int) hostCluster { return hostCluster(i) << c.g.refblockBits }
 
@@ -69,11 +74,11 @@ func (c *checker) compareUncovered(from, to hostCluster, fn func(k hostCluster, 
 			return c.compareAbsent(i, to, fn)
 		}
 		end := min(to, c.firstOfBlock(table+1))
-		if !c.g.aligned(refblockOffset(c.reftable[table])) {
+		if !c.readableBlock(refblockOffset(c.reftable[table])) {
 			n := int(min(int64(end-i), math.MaxInt32))
 			c.unreadable += n
 			c.res.CheckErrors += n
-			c.report(Problem{Off: c.g.hostOffset(i)}, "Can't get refcount for clusters %d to %d: refcount block %d is not cluster aligned", uint64(i), uint64(end-1), table)
+			c.report(Problem{Off: c.g.hostOffset(i)}, "Can't get refcount for clusters %d to %d: the offset of refcount block %d is invalid", uint64(i), uint64(end-1), table)
 		} else if err := c.compareAbsent(i, end, fn); err != nil {
 			return err
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 )
 
 const (
@@ -16,10 +15,6 @@ const (
 
 // readZeroed fills p from off; what lies beyond the end of the file reads as zeroes.
 func readZeroed(f File, p []byte, off HostOffset) error {
-	if off > math.MaxInt64-HostOffset(len(p)) {
-		clear(p)
-		return nil
-	}
 	n, err := f.ReadAt(p, int64(off))
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
@@ -128,7 +123,7 @@ func (c *checker) stored(k hostCluster) (n uint64, ok bool, err error) {
 	switch {
 	case off == 0:
 		return 0, true, nil
-	case !c.g.aligned(off):
+	case !c.readableBlock(off):
 		return 0, false, nil
 	}
 	if c.blocks.block == nil || c.blocks.index != table {
