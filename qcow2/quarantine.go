@@ -19,9 +19,9 @@ type quarantine struct {
 
 	// A timer empties the quarantine of guests that discard and then do nothing
 	// (Options.ReclaimAfter). It runs in a goroutine of its own while armed.
-	armed   bool           // guarded by mu
+	timer   *time.Timer    // nil when not armed; guarded by mu
 	stopped bool           // guarded by mu
-	timers  sync.WaitGroup // armed timers
+	timers  sync.WaitGroup // one while armed
 }
 
 type quarantined struct {
@@ -55,19 +55,18 @@ func (im *Image) release(first hostCluster, n int64, table bool) {
 // armLocked starts the timer unless it runs or is not wanted. Preconditions: q.mu is held.
 func (im *Image) armLocked() {
 	q := &im.quarantine
-	if im.opts.ReclaimAfter <= 0 || q.armed || q.stopped {
+	if im.opts.ReclaimAfter <= 0 || q.timer != nil || q.stopped {
 		return
 	}
-	q.armed = true
 	q.timers.Add(1)
-	time.AfterFunc(im.opts.ReclaimAfter, func() {
+	q.timer = time.AfterFunc(im.opts.ReclaimAfter, func() {
 		defer q.timers.Done()
 		// An error leaves leaks; the next Flush reports what is wrong with the file.
 		if im.handle.WriteBack() == nil {
 			_ = im.reclaim()
 		}
 		q.mu.Lock()
-		q.armed = false
+		q.timer = nil
 		if len(q.items) > 0 && im.handle.Err() == nil {
 			im.armLocked()
 		}
@@ -79,6 +78,9 @@ func (im *Image) armLocked() {
 func (q *quarantine) stopTimer() {
 	q.mu.Lock()
 	q.stopped = true
+	if q.timer != nil && q.timer.Stop() {
+		q.timers.Done() // it will not run
+	}
 	q.mu.Unlock()
 	q.timers.Wait()
 }
