@@ -121,17 +121,17 @@ func (im *Image) reclaim() error {
 // punched first: once they can be allocated, a punch would destroy new data.
 func (im *Image) reclaimRun(item quarantined) error {
 	g := &im.geo
-	if item.table {
-		for off := g.hostOffset(item.first); off < g.hostOffset(item.first+hostCluster(item.n)); off += HostOffset(g.sliceBytes) {
-			im.handle.Drop(int64(off))
-		}
-	}
 	for item.n > 0 {
 		count, n, err := im.refcountRun(item.first, item.n)
 		if err != nil {
 			return err
 		}
 		last := count == 1
+		if last && item.table { // who else refers to it may have changed it in the cache
+			for off := g.hostOffset(item.first); off < g.hostOffset(item.first+hostCluster(n)); off += HostOffset(g.sliceBytes) {
+				im.handle.Drop(int64(off))
+			}
+		}
 		if last {
 			im.packer.forget(g, item.first, n)
 		}
