@@ -1,0 +1,273 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Delete deletes the volume id. What its snapshots and their clones need stays
+// on disk, hidden, until they are gone. Errors: ErrNotFound, ErrInUse, ErrBusy.
+func (p *Pool) Delete(ctx context.Context, id string) error {
+	return detachErr(ctx, p, func(ctx context.Context) error {
+		if _, _, err := p.record(id); err != nil {
+			return err
+		}
+		unlock, err := p.locks.try(id)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		e, err := p.bury(id)
+		if err != nil {
+			return err
+		}
+		if err := p.updateRecord(e, func(r *volumeRecord) { r.Deleted = true }); err != nil {
+			p.unbury(e)
+			return err
+		}
+		p.wakeReaper() // the volume may have been the last dependent of another
+		return p.reapVolume(ctx, e)
+	})
+}
+
+// bury makes the volume id a tombstone in the index unless somebody uses it,
+// in one step with joinLive.
+func (p *Pool) bury(id string) (*entry, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.volumes[id]
+	if e == nil || e.rec == nil || e.rec.Deleted {
+		return nil, fmt.Errorf("%w: volume %q", ErrNotFound, id)
+	}
+	if p.images.inUse(id) {
+		return nil, fmt.Errorf("%w: volume %s is attached", ErrInUse, id)
+	}
+	rec := *e.rec
+	rec.Deleted = true
+	e.rec = &rec
+	return e, nil
+}
+
+// unbury undoes bury when the tombstone could not be written.
+func (p *Pool) unbury(e *entry) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	rec := *e.rec
+	rec.Deleted = false
+	e.rec = &rec
+}
+
+// DeleteSnapshot deletes the snapshot id. Clones of it go on. The space is
+// given back in the background. Errors: ErrNotFound, ErrBusy.
+func (p *Pool) DeleteSnapshot(ctx context.Context, id string) error {
+	return detachErr(ctx, p, func(context.Context) error {
+		e, _, err := p.snapshotRecord(id)
+		if err != nil {
+			return err
+		}
+		unlock, err := p.locks.try(e.id)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		_, rec, err := p.snapshotRecord(id)
+		if err != nil {
+			return err
+		}
+		rec.State = snapshotDeleted
+		if err := p.putSnapshot(e, rec); err != nil {
+			return err
+		}
+		p.wakeReaper()
+		return nil
+	})
+}
+
+// reapRetry is how long the reaper waits before it tries again what failed or
+// was busy.
+const reapRetry = 10 * time.Second
+
+// Run removes what nothing needs any more until ctx ends. It is to be called
+// once, after Open.
+func (p *Pool) Run(ctx context.Context) {
+	p.wakeReaper() // for what a predecessor left
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	<-retry.C
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.ctx.Done():
+			return
+		case <-p.kick:
+		case <-retry.C:
+		}
+		if left, err := p.Reap(ctx); left || err != nil {
+			retry.Reset(reapRetry)
+		}
+	}
+}
+
+// wakeReaper makes Run look soon.
+func (p *Pool) wakeReaper() {
+	select {
+	case p.kick <- struct{}{}:
+	default: // it has not looked since the last call
+	}
+}
+
+// Reap removes every tombstone that nothing needs, and what interrupted
+// creations left. It passes over busy volumes; left reports whether there were any.
+func (p *Pool) Reap(ctx context.Context) (left bool, err error) {
+	left, err = detach(ctx, p, func(ctx context.Context) (bool, error) {
+		for {
+			progress, busy, err := p.reapPass(ctx)
+			if err != nil || !progress {
+				return busy, err
+			}
+		}
+	})
+	return left || err != nil, err
+}
+
+// reapPass goes once over all volumes. A removed clone can free its source, so
+// progress asks for one more pass.
+func (p *Pool) reapPass(ctx context.Context) (progress, busy bool, err error) {
+	var errs []error
+	for _, id := range p.sortedIDs() {
+		if ctx.Err() != nil {
+			return false, true, ctx.Err()
+		}
+		e := p.find(id)
+		if e == nil || !p.reapable(e) {
+			continue
+		}
+		unlock, err := p.locks.try(id)
+		if err != nil {
+			busy = true
+			continue
+		}
+		err = p.reapVolume(ctx, e)
+		unlock()
+		p.noteFailure(id, err)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reap %s: %w", id, err))
+		} else {
+			progress = true
+		}
+	}
+	return progress, busy, errors.Join(errs...)
+}
+
+// waste is what of one volume nothing needs any more.
+type waste struct {
+	snapshots []string // to delete from the image
+	views     []viewRef
+	volume    bool // the whole volume; snapshots and views are empty then
+}
+
+// wasteOf looks through the index; the caller holds the ID lock of e, or only
+// wants a hint.
+func (p *Pool) wasteOf(e *entry) waste {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e.rec == nil || p.volumes[e.id] != e {
+		return waste{}
+	}
+	needed := make(map[string]bool) // snapshots with dependents
+	for _, other := range p.volumes {
+		if other.backing != nil && other.backing.Volume == e.id {
+			needed[other.backing.Snapshot] = true
+		}
+	}
+	var w waste
+	kept := 0
+	for id, rec := range e.snapshots {
+		if rec.live() || needed[id] {
+			kept++
+		} else {
+			w.snapshots = append(w.snapshots, id)
+		}
+	}
+	if e.rec.Deleted && kept == 0 && len(needed) == 0 {
+		return waste{volume: true}
+	}
+	for v := range p.viewFiles {
+		if v.Volume == e.id && !needed[v.Snapshot] {
+			w.views = append(w.views, v)
+		}
+	}
+	return w
+}
+
+func (p *Pool) reapable(e *entry) bool {
+	w := p.wasteOf(e)
+	return w.volume || len(w.snapshots) > 0 || len(w.views) > 0
+}
+
+// reapVolume removes the waste of e. The caller holds its ID lock.
+func (p *Pool) reapVolume(ctx context.Context, e *entry) error {
+	w := p.wasteOf(e)
+	if w.volume {
+		return p.removeVolume(e)
+	}
+	// A view goes before its snapshot: it must never show clusters that are free.
+	for _, v := range w.views {
+		if err := p.removeView(v); err != nil {
+			return err
+		}
+	}
+	if len(w.snapshots) == 0 {
+		return nil
+	}
+	return p.removeSnapshots(ctx, e, w.snapshots)
+}
+
+// removeVolume takes the directory of e away in one step, then removes it.
+func (p *Pool) removeVolume(e *entry) error {
+	gone := incomingName(e.id)
+	if err := p.dir.RemoveAll(gone); err != nil { // of a removal that failed
+		return err
+	}
+	if err := p.dir.Rename(volumeDir(e.id), gone); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	delete(p.volumes, e.id)
+	delete(p.failures, e.id)
+	for id := range e.snapshots {
+		delete(p.snapshots, id)
+	}
+	for v := range p.viewFiles {
+		if v.Volume == e.id {
+			delete(p.viewFiles, v)
+		}
+	}
+	p.mu.Unlock()
+	return p.dir.RemoveAll(gone)
+}
+
+// removeSnapshots deletes snapshots from the image of e, then their records.
+func (p *Pool) removeSnapshots(ctx context.Context, e *entry, ids []string) (err error) {
+	d, err := p.openAny(ctx, e.id)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	for _, id := range ids {
+		if err := dropSnapshot(ctx, d.Image, id); err != nil {
+			return fmt.Errorf("delete snapshot %s: %w", id, err)
+		}
+		if err := p.dir.Remove(snapshotRecName(e.id, id)); err != nil {
+			return err
+		}
+		p.mu.Lock()
+		delete(e.snapshots, id)
+		delete(p.snapshots, id)
+		p.mu.Unlock()
+	}
+	return nil
+}

@@ -1,0 +1,212 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+
+	"golang.org/x/sys/unix"
+
+	"csi-qcow2/qcow2"
+)
+
+// createImage writes a new image into the new file name and makes it durable.
+func (p *Pool) createImage(ctx context.Context, name string, size int64, o qcow2.CreateOptions, direct bool) error {
+	f, err := p.dir.OpenFile(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|directFlag(direct), 0o600)
+	if err != nil {
+		return err
+	}
+	file, err := qcow2.NewOSFile(f, qcow2.FileOptions{Direct: direct, Lock: qcow2.LockWrite})
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	w := p.wrap(file)
+	return errors.Join(qcow2.Create(ctx, w, size, o), w.Close())
+}
+
+// openDisk opens the image file name below the pool.
+func (p *Pool) openDisk(name string, o qcow2.FileOptions) (qcow2.File, error) {
+	flag := unix.O_RDWR
+	if o.ReadOnly {
+		flag = unix.O_RDONLY
+	}
+	f, err := p.dir.OpenFile(name, flag|directFlag(o.Direct), 0)
+	if err != nil {
+		return nil, err
+	}
+	file, err := qcow2.NewOSFile(f, o)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if o.ReadOnly {
+		return file, nil
+	}
+	return p.wrap(file), nil
+}
+
+func directFlag(direct bool) int {
+	if direct {
+		return unix.O_DIRECT
+	}
+	return 0
+}
+
+// wrap puts the test seam around f.
+func (p *Pool) wrap(f qcow2.File) qcow2.File {
+	if p.opts.wrapFile == nil {
+		return f
+	}
+	return p.opts.wrapFile(f)
+}
+
+// openImage opens the image of the volume id read-write, for all its users. An
+// image that was not closed is checked first and its leaks are repaired.
+func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err error) {
+	defer func() { p.noteFailure(id, err) }()
+	e := p.find(id)
+	if e == nil {
+		return nil, fmt.Errorf("%w: volume %q", ErrNotFound, id)
+	}
+	if err := p.checkChain(id); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	rec, damage := e.rec, e.damage
+	p.mu.Unlock()
+	if rec == nil {
+		return nil, fmt.Errorf("%w: volume %s: %w", ErrDamaged, id, damage)
+	}
+	unclean := rec.Open
+	file, err := p.openDisk(path.Join(volumeDir(id), diskName), qcow2.FileOptions{Direct: rec.Params.DirectIO, Lock: qcow2.LockWrite})
+	if err != nil {
+		return nil, err
+	}
+	// The mark is durable before the first byte of the image can change.
+	if !unclean {
+		if err := p.updateRecord(e, func(r *volumeRecord) { r.Open = true }); err != nil {
+			return nil, errors.Join(err, file.Close())
+		}
+	}
+	im, err := qcow2.Open(ctx, file, qcow2.Options{Cache: p.opts.Cache, OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard})
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
+	}
+	if unclean {
+		err = repairLeaks(ctx, im)
+	}
+	if err == nil && im.Size() != rec.Size {
+		err = p.updateRecord(e, func(r *volumeRecord) { r.Size = im.Size() })
+	}
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, im.Close()))
+	}
+	return im, nil
+}
+
+// repairLeaks checks an image whose last user died and gives lost clusters
+// back. It leaves corruptions alone: repairing them can lose data.
+func repairLeaks(ctx context.Context, im *qcow2.Image) error {
+	res, err := im.Check(ctx, qcow2.CheckOptions{RepairLeaks: true})
+	switch {
+	case err != nil:
+		return fmt.Errorf("check after an unclean end: %w", err)
+	case res.Corruptions > 0 || res.CheckErrors > 0:
+		return fmt.Errorf("%w: check after an unclean end found %d corruptions and %d unreadable parts; "+
+			"copy the image, then run csi-qcow2 img check -r all, or restore a snapshot", qcow2.ErrCorrupt, res.Corruptions, res.CheckErrors)
+	}
+	return nil
+}
+
+// shutImage closes an image that its last user has let go of. Only a close
+// without error takes the mark away.
+func (p *Pool) shutImage(id string, im *qcow2.Image) error {
+	if err := im.Close(); err != nil {
+		err = fmt.Errorf("volume %s: close: %w", id, err)
+		p.noteFailure(id, err)
+		return err
+	}
+	e := p.find(id)
+	if e == nil {
+		return nil // removed while it was closing down
+	}
+	return p.updateRecord(e, func(r *volumeRecord) { r.Open = false })
+}
+
+// noteFailure remembers for Health why the image of id could not be used.
+func (p *Pool) noteFailure(id string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil {
+		delete(p.failures, id)
+	} else {
+		p.failures[id] = err
+	}
+}
+
+// checkChain refuses a volume whose chain of clones is a loop, too long or broken.
+func (p *Pool) checkChain(id string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for depth := 0; ; depth++ {
+		e := p.volumes[id]
+		switch {
+		case e == nil:
+			return fmt.Errorf("%w: the chain of clones names volume %s, which does not exist", ErrDamaged, id)
+		case e.backing == nil:
+			return nil
+		case depth >= maxChainDepth:
+			return fmt.Errorf("%w: the limit is %d", ErrTooDeep, maxChainDepth)
+		}
+		id = e.backing.Volume
+	}
+}
+
+// openBacking is the qcow2.BackingOpener of the images of a pool: the only
+// backing files they have are views, and a view is opened as what it shows.
+func (p *Pool) openBacking(ctx context.Context, name, format string) (qcow2.Disk, error) {
+	v, err := parseBackingName(name)
+	if err != nil {
+		return nil, err
+	}
+	if format != "qcow2" {
+		return nil, fmt.Errorf("%w: backing file of format %q", ErrDamaged, format)
+	}
+	im, err := p.views.acquire(ctx, v)
+	if err != nil {
+		return nil, err
+	}
+	return &viewDisk{Disk: im, release: func() error { return p.views.release(v) }}, nil
+}
+
+// A viewDisk is one clone's share of an open view.
+type viewDisk struct {
+	qcow2.Disk
+	release func() error
+}
+
+// Close lets go of the view.
+func (d *viewDisk) Close() error { return d.release() }
+
+// openView opens the internal snapshot that the view v shows.
+func (p *Pool) openView(ctx context.Context, v viewRef) (*qcow2.Image, error) {
+	if err := p.checkChain(v.Volume); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	e := p.volumes[v.Volume]
+	direct := e.rec != nil && e.rec.Params.DirectIO
+	p.mu.Unlock()
+	// Its volume may be open read-write: LockShared tolerates that.
+	file, err := p.openDisk(path.Join(volumeDir(v.Volume), diskName), qcow2.FileOptions{ReadOnly: true, Direct: direct, Lock: qcow2.LockShared})
+	if err != nil {
+		return nil, err
+	}
+	im, err := qcow2.Open(ctx, file, qcow2.Options{ReadOnly: true, Snapshot: v.Snapshot, Cache: p.opts.Cache, OpenBacking: p.openBacking})
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %s: %w", v.Snapshot, errors.Join(err, file.Close()))
+	}
+	return im, nil
+}
+
+func shutView(_ viewRef, im *qcow2.Image) error { return im.Close() }

@@ -1,0 +1,347 @@
+package volume
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"csi-qcow2/cache"
+	"csi-qcow2/internal/durable"
+	"csi-qcow2/qcow2"
+)
+
+// Options configure a pool.
+type Options struct {
+	// Cache holds the metadata tables of all images. Nil gives each image a
+	// cache of its own of qcow2.DefaultCacheBytes.
+	Cache *cache.Cache
+
+	// Seams of tests: step is called around each change of the directory,
+	// wrapFile around each image file opened read-write.
+	step     durable.Step
+	wrapFile func(qcow2.File) qcow2.File
+}
+
+// A Pool is an open pool. See the package comment.
+type Pool struct {
+	dir     *durable.Dir
+	path    string // absolute, without symbolic links
+	lock    *os.File
+	uuid    string
+	opts    Options
+	ctx     context.Context // of background work; ends at Close
+	cancel  context.CancelFunc
+	workers sync.WaitGroup // background work and detached changes
+	kick    chan struct{}  // wakes the reaper; holds one
+	locks   keyLock        // by volume or snapshot ID
+	images  shared[string, *qcow2.Image]
+	views   shared[viewRef, *qcow2.Image]
+
+	mu        sync.Mutex
+	closed    bool              // guarded by mu
+	volumes   map[string]*entry // by volume ID, tombstones included; guarded by mu
+	snapshots map[string]*entry // by snapshot ID: the entry of its volume; guarded by mu
+	viewFiles map[viewRef]bool  // views that exist as files; guarded by mu
+	failures  map[string]error  // background failures by volume ID; guarded by mu
+}
+
+// An entry is a volume in the index.
+type entry struct {
+	id string
+
+	writeMu sync.Mutex // serialises changes of the record; held over its durable write
+
+	// All below: guarded by Pool.mu. The records are replaced, never changed.
+	rec       *volumeRecord // nil when damaged
+	damage    error         // why rec is nil, or which snapshot record is damaged
+	backing   *viewRef      // what the image's header names; nil for none
+	snapshots map[string]*snapshotRecord
+}
+
+// live reports whether users see the volume. The caller holds Pool.mu.
+func (e *entry) live() bool { return e.rec == nil || !e.rec.Deleted }
+
+// Open opens the pool in the existing directory path and takes its lock. An
+// empty directory becomes a pool. Errors: ErrPoolInUse, ErrNotPool, ErrInvalid.
+func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, fmt.Errorf("volume: open pool: %w", err)
+	}
+	dir, err := durable.OpenDir(real)
+	if err != nil {
+		return nil, fmt.Errorf("volume: open pool: %w", err)
+	}
+	dir.SetStep(o.step)
+	p := &Pool{
+		dir: dir, path: dir.Path(), opts: o,
+		kick:      make(chan struct{}, 1),
+		volumes:   make(map[string]*entry),
+		snapshots: make(map[string]*entry),
+		viewFiles: make(map[viewRef]bool),
+		failures:  make(map[string]error),
+	}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	p.images = shared[string, *qcow2.Image]{ctx: p.ctx, open: p.openImage, shut: p.shutImage, workers: &p.workers}
+	p.views = shared[viewRef, *qcow2.Image]{ctx: p.ctx, open: p.openView, shut: shutView, workers: &p.workers}
+	defer func() {
+		if err != nil {
+			p.cancel()
+			err = errors.Join(err, p.unlock(), dir.Close())
+		}
+	}()
+	for _, setUp := range []func() error{p.checkDirectory, p.takeLock, p.readMarker, p.emptyIncoming, p.load} {
+		if err := setUp(); err != nil {
+			return nil, fmt.Errorf("pool %q: %w", p.path, err)
+		}
+	}
+	return p, nil
+}
+
+// checkDirectory refuses a directory that others can write to, and a path that
+// is too long for the names that overlays record.
+func (p *Pool) checkDirectory() error {
+	info, err := os.Stat(p.path)
+	if err != nil {
+		return err
+	}
+	if info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%w: others can write to it (mode %04o); run chmod go-w", ErrNotPool, info.Mode().Perm())
+	}
+	longest := viewRef{p.longestID("vol"), p.longestID("snap")}
+	if n := len(p.backingName(longest)); n > maxBackingName {
+		return fmt.Errorf("%w: the path is %d bytes too long for a backing file name", ErrNotPool, n-maxBackingName)
+	}
+	return nil
+}
+
+func (p *Pool) longestID(prefix string) string {
+	return prefix + "-00000000-00000000000000000000000000000000"
+}
+
+func (p *Pool) takeLock() error {
+	f, err := p.dir.OpenFile(lockName, unix.O_RDWR|unix.O_CREAT, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("%w; stop it first", ErrPoolInUse)
+		}
+		return fmt.Errorf("lock: %w", err)
+	}
+	p.lock = f
+	return nil
+}
+
+// unlock drops the lock of the pool, if it is held.
+func (p *Pool) unlock() error {
+	if p.lock == nil {
+		return nil
+	}
+	return p.lock.Close()
+}
+
+// readMarker reads pool.json, or makes an empty directory a pool.
+func (p *Pool) readMarker() error {
+	var rec poolRecord
+	err := durable.ReadRecord(p.dir, poolRecordName, poolKind, poolVersion, &rec)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if rec, err = p.initialise(); err != nil {
+			return err
+		}
+	case errors.Is(err, durable.ErrDamaged):
+		return fmt.Errorf("%w: %v", ErrNotPool, err)
+	case err != nil:
+		return err
+	}
+	if b, err := hex.DecodeString(rec.UUID); err != nil || len(b) != 16 {
+		return fmt.Errorf("%w: UUID %q in %s", ErrNotPool, rec.UUID, poolRecordName)
+	}
+	p.uuid = rec.UUID
+	return nil
+}
+
+// initialise writes the marker last, so that a crash leaves a directory that
+// this function accepts again.
+func (p *Pool) initialise() (poolRecord, error) {
+	names, err := p.dir.List(".")
+	if err != nil {
+		return poolRecord{}, err
+	}
+	for _, name := range names {
+		switch name {
+		case lockName, "lost+found":
+			continue
+		case incomingDir, volumesDir:
+			if inside, err := p.dir.List(name); err == nil && len(inside) == 0 {
+				continue
+			}
+		}
+		return poolRecord{}, fmt.Errorf("%w: it has no %s and holds %q; give an empty directory", ErrNotPool, poolRecordName, name)
+	}
+	for _, name := range []string{incomingDir, volumesDir} {
+		if err := p.dir.Mkdir(name); err != nil {
+			return poolRecord{}, err
+		}
+	}
+	var uuid [16]byte
+	if _, err := rand.Read(uuid[:]); err != nil {
+		return poolRecord{}, err
+	}
+	rec := poolRecord{UUID: hex.EncodeToString(uuid[:]), Created: time.Now().UTC()}
+	return rec, durable.WriteRecord(p.dir, poolRecordName, poolKind, poolVersion, rec)
+}
+
+// emptyIncoming removes what a predecessor was making or removing when it died.
+func (p *Pool) emptyIncoming() error {
+	names, err := p.dir.List(incomingDir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := p.dir.RemoveAll(incomingName(name)); err != nil {
+			return err
+		}
+	}
+	return p.dir.RemoveTemporary(incomingDir)
+}
+
+// Close waits for changes under way and closes what is open. Volumes must have
+// been closed by their users; the error says so if not.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return ErrClosed
+	}
+	p.closed = true
+	p.mu.Unlock()
+	p.cancel()
+	p.workers.Wait()
+	var errs []error
+	for _, id := range p.images.keys() {
+		errs = append(errs, fmt.Errorf("volume %s was still open: %w", id, p.images.closeNow(id)))
+	}
+	for _, v := range p.views.keys() {
+		errs = append(errs, p.views.closeNow(v))
+	}
+	return errors.Join(append(errs, p.unlock(), p.dir.Close())...)
+}
+
+// ID returns the first 8 digits of the pool's UUID, which its volume and
+// snapshot IDs carry.
+func (p *Pool) ID() string { return p.uuid[:8] }
+
+// Path returns the absolute path of the pool's directory.
+func (p *Pool) Path() string { return p.path }
+
+// detach runs a change that goes on when its caller leaves. The caller gets
+// ctx's error then; a retry gets ErrBusy until the change has ended.
+func detach[T any](ctx context.Context, p *Pool, change func(context.Context) (T, error)) (T, error) {
+	var none T
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return none, ErrClosed
+	}
+	p.workers.Add(1)
+	p.mu.Unlock()
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() { // ends when the change does; Close waits for it
+		defer p.workers.Done()
+		value, err := change(p.ctx)
+		done <- result{value, err}
+	}()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-ctx.Done():
+		return none, ctx.Err()
+	}
+}
+
+// detachErr is detach for a change without a result.
+func detachErr(ctx context.Context, p *Pool, change func(context.Context) error) error {
+	_, err := detach(ctx, p, func(ctx context.Context) (struct{}, error) { return struct{}{}, change(ctx) })
+	return err
+}
+
+// find returns the entry of the volume id, tombstone or not.
+func (p *Pool) find(id string) *entry {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.volumes[id]
+}
+
+// record returns the record of a volume that users see.
+func (p *Pool) record(id string) (*entry, volumeRecord, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.volumes[id]
+	switch {
+	case e == nil || !e.live():
+		return nil, volumeRecord{}, fmt.Errorf("%w: volume %q", ErrNotFound, id)
+	case e.rec == nil:
+		return nil, volumeRecord{}, fmt.Errorf("%w: volume %s: %w", ErrDamaged, id, e.damage)
+	}
+	return e, *e.rec, nil
+}
+
+// updateRecord changes the record of e durably, then in the index.
+func (p *Pool) updateRecord(e *entry, change func(*volumeRecord)) error {
+	e.writeMu.Lock()
+	defer e.writeMu.Unlock()
+	p.mu.Lock()
+	if e.rec == nil {
+		p.mu.Unlock()
+		return fmt.Errorf("%w: volume %s: %w", ErrDamaged, e.id, e.damage)
+	}
+	next := *e.rec
+	p.mu.Unlock()
+	change(&next)
+	name := filepath.Join(volumeDir(e.id), volumeRecName)
+	if err := durable.WriteRecord(p.dir, name, volumeKind, volumeVersion, next); err != nil {
+		return spaceError(err)
+	}
+	p.mu.Lock()
+	e.rec = &next
+	p.mu.Unlock()
+	return nil
+}
+
+// sortedIDs returns the IDs of all entries in order.
+func (p *Pool) sortedIDs() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ids := make([]string, 0, len(p.volumes))
+	for id := range p.volumes {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// spaceError makes a full host file system recognisable as ErrNoSpace.
+func spaceError(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w: %w", ErrNoSpace, err)
+	}
+	return err
+}

@@ -1,0 +1,207 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"time"
+
+	"csi-qcow2/internal/durable"
+	"csi-qcow2/qcow2"
+)
+
+// A Snapshot describes a snapshot of a volume.
+type Snapshot struct {
+	ID      string
+	Name    string
+	Volume  string // volume ID; the volume itself may be gone
+	Size    int64  // virtual size when it was taken, bytes
+	Created time.Time
+}
+
+func (r *snapshotRecord) snapshot() Snapshot {
+	return Snapshot{r.ID, r.Name, r.Volume, r.Size, r.Created}
+}
+
+// CreateSnapshot takes a snapshot of the volume id, attached or not, or finds
+// the one that an earlier call with the same name took. Writes that returned
+// before the call are in it. Errors: ErrNotFound, ErrIncompatible, ErrBusy,
+// ErrNoSpace, qcow2.ErrTooManySnapshots.
+func (p *Pool) CreateSnapshot(ctx context.Context, name, id string) (Snapshot, error) {
+	if err := checkName(name); err != nil {
+		return Snapshot{}, err
+	}
+	return detach(ctx, p, func(ctx context.Context) (Snapshot, error) { return p.createSnapshot(ctx, name, id) })
+}
+
+func (p *Pool) createSnapshot(ctx context.Context, name, id string) (Snapshot, error) {
+	snapID, _ := p.snapshotIDFor(name, id)
+	unlockName, err := p.locks.try(snapID)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer unlockName()
+	again, existing := p.snapshotIDFor(name, id)
+	switch {
+	case again != snapID:
+		return Snapshot{}, fmt.Errorf("%w: snapshot %q is being deleted", ErrBusy, name)
+	case existing != nil && existing.Volume != id:
+		return Snapshot{}, fmt.Errorf("%w: snapshot %q is one of volume %s", ErrIncompatible, name, existing.Volume)
+	case existing != nil:
+		return existing.snapshot(), nil
+	}
+	if _, _, err := p.record(id); err != nil {
+		return Snapshot{}, err
+	}
+	unlock, err := p.locks.try(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	defer unlock()
+	e, vol, err := p.record(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	rec, err := p.takeSnapshot(ctx, e, snapshotRecord{ID: snapID, Name: name, Volume: id, Filesystem: vol.Filesystem})
+	if err != nil {
+		p.wakeReaper()
+		return Snapshot{}, err
+	}
+	return rec.snapshot(), nil
+}
+
+// snapshotIDFor returns the ID of the snapshot called name and its record, or
+// the ID that a new one of the volume vol gets and nil. What an interrupted
+// attempt on the same volume left is taken up.
+func (p *Pool) snapshotIDFor(name, vol string) (string, *snapshotRecord) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if rec := p.snapshotNamedLocked(name); rec != nil {
+		return rec.ID, rec
+	}
+	for n := 0; ; n++ {
+		id := p.makeID(kindSnapshot, name, n)
+		e := p.snapshots[id]
+		if e == nil || (e.id == vol && e.snapshots[id].State == snapshotCreating) {
+			return id, nil
+		}
+	}
+}
+
+// takeSnapshot takes the snapshot of rec, from its intent to its final record.
+// The caller holds the ID lock of e.
+func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (_ *snapshotRecord, err error) {
+	// A hidden snapshot may follow one of the same ID whose clone was deleted.
+	if err := p.removeView(viewRef{e.id, rec.ID}); err != nil {
+		return nil, err
+	}
+	rec.State = snapshotCreating
+	rec.Created = time.Now().UTC()
+	if err := p.putSnapshot(e, rec); err != nil {
+		return nil, err
+	}
+	d, err := p.openAny(ctx, e.id)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	// What an interrupted attempt cut was promised to nobody, and is older than
+	// the writes that were acknowledged since.
+	if err := dropSnapshot(ctx, d.Image, rec.ID); err != nil {
+		return nil, err
+	}
+	s, err := d.Image.CreateSnapshot(ctx, qcow2.Snapshot{Name: rec.ID, Date: rec.Created, ICount: -1})
+	if err != nil {
+		return nil, spaceError(fmt.Errorf("snapshot of %s: %w", e.id, err))
+	}
+	rec.State, rec.Size = snapshotReady, s.DiskSize
+	if err := p.putSnapshot(e, rec); err != nil {
+		return nil, err
+	}
+	return &rec, nil
+}
+
+// dropSnapshot deletes the internal snapshot called name; its absence is success.
+func dropSnapshot(ctx context.Context, im *qcow2.Image, name string) error {
+	if err := im.DeleteSnapshot(ctx, name); err != nil && !errors.Is(err, qcow2.ErrSnapshotNotFound) {
+		return err
+	}
+	return nil
+}
+
+// putSnapshot writes a snapshot record durably, then into the index.
+func (p *Pool) putSnapshot(e *entry, rec snapshotRecord) error {
+	if err := durable.WriteRecord(p.dir, snapshotRecName(e.id, rec.ID), snapshotKind, snapshotVersion, rec); err != nil {
+		return spaceError(err)
+	}
+	p.mu.Lock()
+	e.snapshots[rec.ID] = &rec
+	p.snapshots[rec.ID] = e
+	p.mu.Unlock()
+	return nil
+}
+
+// snapshotRecord returns the entry and record of a snapshot that users see.
+func (p *Pool) snapshotRecord(id string) (*entry, snapshotRecord, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.snapshots[id]; e != nil && e.snapshots[id].live() {
+		return e, *e.snapshots[id], nil
+	}
+	return nil, snapshotRecord{}, fmt.Errorf("%w: snapshot %q", ErrNotFound, id)
+}
+
+// GetSnapshot returns the snapshot id. Errors: ErrNotFound.
+func (p *Pool) GetSnapshot(id string) (Snapshot, error) {
+	_, rec, err := p.snapshotRecord(id)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return rec.snapshot(), nil
+}
+
+// SnapshotNamed returns the ID of the snapshot that was created with name.
+func (p *Pool) SnapshotNamed(name string) (id string, exists bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	rec := p.snapshotNamedLocked(name)
+	if rec == nil {
+		return "", false
+	}
+	return rec.ID, true
+}
+
+func (p *Pool) snapshotNamedLocked(name string) *snapshotRecord {
+	for id, e := range p.snapshots {
+		if rec := e.snapshots[id]; rec.live() && rec.Name == name {
+			return rec
+		}
+	}
+	return nil
+}
+
+// A SnapshotFilter selects snapshots; empty fields select all.
+type SnapshotFilter struct{ ID, Volume string }
+
+// ListSnapshots returns up to limit snapshots (0 for all) that f selects after the token in
+// ID order, and the token of the next page, "" after the last.
+func (p *Pool) ListSnapshots(f SnapshotFilter, token string, limit int) ([]Snapshot, string, error) {
+	if token != "" && !snapshotIDPattern.MatchString(token) {
+		return nil, "", fmt.Errorf("%w: %q", ErrBadToken, token)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []Snapshot
+	for id, e := range p.snapshots {
+		rec := e.snapshots[id]
+		if rec.live() && id > token && (f.ID == "" || f.ID == id) && (f.Volume == "" || f.Volume == rec.Volume) {
+			all = append(all, rec.snapshot())
+		}
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].ID < all[j].ID })
+	if limit > 0 && len(all) > limit {
+		return all[:limit], all[limit-1].ID, nil
+	}
+	return all, "", nil
+}

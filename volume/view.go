@@ -1,0 +1,293 @@
+package volume
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"regexp"
+
+	"golang.org/x/sys/unix"
+
+	"csi-qcow2/qcow2"
+)
+
+// A view lets stock QEMU read an internal snapshot as if it were an image:
+//
+//	C (clone)   backing file, format qcow2, named by
+//	            json:{"driver":"qcow2","force-share":true,"file":{"driver":"qcow2","file":
+//	                  {"driver":"file","filename":"<pool>/volumes/<A>/views/<S>.qcow2"}}}
+//	H (view)    a qcow2 image whose backing file is A opened as raw, and whose
+//	            first guest cluster is A's first bytes with a patched header
+//	A (source)  any image of the pool; it may be attached
+//
+// QEMU opens H as the protocol layer of a qcow2 image: the header it finds there
+// says that the snapshot's L1 table is the active one, and every offset in the
+// tables is an offset in A, which H passes through. This is right because no
+// writer changes a cluster that the snapshot S references while S exists (only
+// COPIED bits in its L2 tables, which readers ignore). So S, A and H stay where
+// they are until the last clone is gone. Our own engine does not go through H:
+// it opens A with S as the state to read.
+//
+// The rejected alternatives: an external snapshot moves the active file under a
+// running export; a copy of the tables is not O(1) on a pool without reflinks.
+
+// A viewRef names a view: an internal snapshot of a volume.
+type viewRef struct{ Volume, Snapshot string }
+
+const (
+	// maxBackingName is the limit of qcow2 for a backing file name, in bytes.
+	maxBackingName = 1023
+	// viewSize is the virtual size of a view in bytes: beyond every host offset
+	// that its source can have.
+	viewSize = 256 << 40
+	// viewClusterSize is the cluster size of a view. Its first cluster holds the
+	// source's header, extensions and backing name, patched.
+	viewClusterSize = 64 << 10
+	// maxChainDepth is how many clones of clones there may be.
+	maxChainDepth = 16
+)
+
+// A backingSpec is the content of a json: backing name.
+type backingSpec struct {
+	Driver     string      `json:"driver"`
+	ForceShare bool        `json:"force-share"`
+	File       backingFile `json:"file"`
+}
+
+type backingFile struct {
+	Driver string      `json:"driver"`
+	File   backingLeaf `json:"file"`
+}
+
+type backingLeaf struct {
+	Driver   string `json:"driver"`
+	Filename string `json:"filename"`
+}
+
+const jsonPrefix = "json:"
+
+// backingName returns the backing file name of a clone of v.
+func (p *Pool) backingName(v viewRef) string {
+	b, err := json.Marshal(backingSpec{"qcow2", true, backingFile{"qcow2", backingLeaf{"file", path.Join(p.path, viewName(v))}}})
+	if err != nil {
+		panic(err) // three strings and a bool
+	}
+	return jsonPrefix + string(b)
+}
+
+// viewPath matches the end of a view's file name. What is before it is the
+// pool's path when the clone was made: the IDs say the same, and stay true when
+// the pool is moved.
+var viewPath = regexp.MustCompile(`^/(?:.*/)?volumes/(vol-[0-9a-f]{8}-[0-9a-f]{32})/views/(snap-[0-9a-f]{8}-[0-9a-f]{32})\.qcow2$`)
+
+// parseBackingName is the inverse of backingName.
+func parseBackingName(name string) (viewRef, error) {
+	spec := backingSpec{}
+	if len(name) > len(jsonPrefix) && name[:len(jsonPrefix)] == jsonPrefix {
+		if err := json.Unmarshal([]byte(name[len(jsonPrefix):]), &spec); err != nil {
+			return viewRef{}, fmt.Errorf("%w: backing file name %q: %v", ErrDamaged, name, err)
+		}
+	}
+	m := viewPath.FindStringSubmatch(spec.File.File.Filename)
+	if m == nil || spec.Driver != "qcow2" || spec.File.Driver != "qcow2" || spec.File.File.Driver != "file" {
+		return viewRef{}, fmt.Errorf("%w: backing file name %q is not a view of this pool", ErrDamaged, name)
+	}
+	return viewRef{m[1], m[2]}, nil
+}
+
+// The part of a qcow2 header that a view needs, big endian:
+//
+//	Offset  Size  Field                     In the view
+//	     0     4  magic "QFI\xfb"           kept
+//	     8     8  backing_file_offset       kept
+//	    16     4  backing_file_size         kept
+//	    24     8  size                      the snapshot's
+//	    36     4  l1_size                   the snapshot's
+//	    40     8  l1_table_offset           the snapshot's
+//	    60     4  nb_snapshots              0
+//	    64     8  snapshots_offset          0
+//	    72     8  incompatible_features     without dirty and corrupt
+//	    88     8  autoclear_features        0
+//
+// Spec: qcow2 "Header".
+const (
+	headerBytes        = 104
+	incompatibleDirty  = 1 << 0
+	incompatibleBroken = 1 << 1
+)
+
+// An entry of the snapshot table, big endian:
+//
+//	Offset  Size  Field
+//	     0     8  l1_table_offset
+//	     8     4  l1_size
+//	    12     2  id_size
+//	    14     2  name_size
+//	    36     4  extra_data_size
+//	    40        extra data: 8 bytes VM state size, 8 bytes disk size, …
+//	              ID, name, padding to a multiple of 8
+//
+// Spec: qcow2 "Snapshots".
+const (
+	snapshotEntryBytes = 40
+	maxSnapshotExtra   = 1024
+)
+
+// readHeader reads the fixed part of the header of a version 3 image.
+func readHeader(f io.ReaderAt) ([]byte, error) {
+	h := make([]byte, headerBytes)
+	if _, err := f.ReadAt(h, 0); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = fmt.Errorf("%w: image of less than %d bytes", ErrDamaged, headerBytes)
+		}
+		return nil, err
+	}
+	if string(h[:4]) != "QFI\xfb" || binary.BigEndian.Uint32(h[4:]) != 3 {
+		return nil, fmt.Errorf("%w: not a qcow2 image of version 3", ErrDamaged)
+	}
+	return h, nil
+}
+
+// readBackingName returns the backing file name of the image f, "" for none.
+func readBackingName(f io.ReaderAt) (string, error) {
+	h, err := readHeader(f)
+	if err != nil {
+		return "", err
+	}
+	off, n := binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[16:])
+	if off == 0 {
+		return "", nil
+	}
+	if n == 0 || n > maxBackingName || off > maxClusterSize {
+		return "", fmt.Errorf("%w: backing file name of %d bytes at %#x", ErrDamaged, n, off)
+	}
+	name := make([]byte, n)
+	if _, err := f.ReadAt(name, int64(off)); err != nil {
+		return "", fmt.Errorf("%w: backing file name at %#x: %v", ErrDamaged, off, err)
+	}
+	return string(name), nil
+}
+
+// snapshotHeader returns the first viewClusterSize bytes of the image f as they
+// would be if the internal snapshot called name were its active state.
+func snapshotHeader(f io.ReaderAt, name string) ([]byte, error) {
+	if _, err := readHeader(f); err != nil {
+		return nil, err
+	}
+	b := make([]byte, viewClusterSize)
+	if n, err := f.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	} else {
+		clear(b[n:])
+	}
+	count, table := binary.BigEndian.Uint32(b[60:]), binary.BigEndian.Uint64(b[64:])
+	off := int64(table)
+	for range count {
+		entry := make([]byte, snapshotEntryBytes+16)
+		if _, err := f.ReadAt(entry, off); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		idSize := int64(binary.BigEndian.Uint16(entry[12:]))
+		nameSize := int64(binary.BigEndian.Uint16(entry[14:]))
+		extra := int64(binary.BigEndian.Uint32(entry[36:]))
+		if extra < 16 || extra > maxSnapshotExtra {
+			return nil, fmt.Errorf("%w: snapshot table entry at %#x has %d bytes of extra data", ErrDamaged, off, extra)
+		}
+		got := make([]byte, nameSize)
+		if _, err := f.ReadAt(got, off+snapshotEntryBytes+extra+idSize); err != nil {
+			return nil, fmt.Errorf("%w: snapshot table entry at %#x: %v", ErrDamaged, off, err)
+		}
+		if string(got) == name {
+			patchHeader(b, entry)
+			return b, nil
+		}
+		off += (snapshotEntryBytes + extra + idSize + nameSize + 7) &^ 7
+	}
+	return nil, fmt.Errorf("%w: the image has no internal snapshot %q", ErrDamaged, name)
+}
+
+// patchHeader makes the snapshot of a snapshot table entry (with the first 16
+// bytes of its extra data) the active state of the header in b.
+func patchHeader(b, entry []byte) {
+	copy(b[24:32], entry[snapshotEntryBytes+8:snapshotEntryBytes+16]) // size
+	copy(b[36:40], entry[8:12])                                       // l1_size
+	copy(b[40:48], entry[0:8])                                        // l1_table_offset
+	clear(b[60:72])                                                   // nb_snapshots, snapshots_offset
+	features := binary.BigEndian.Uint64(b[72:])
+	binary.BigEndian.PutUint64(b[72:], features&^(incompatibleDirty|incompatibleBroken))
+	clear(b[88:96]) // autoclear_features: what they vouch for is not kept up here
+}
+
+// ensureView makes the view v durable unless it exists. The caller holds the ID
+// lock of v's volume, and v's snapshot is durable in the image.
+func (p *Pool) ensureView(ctx context.Context, v viewRef) error {
+	p.mu.Lock()
+	exists := p.viewFiles[v]
+	p.mu.Unlock()
+	if exists {
+		return nil
+	}
+	incoming := incomingName(v.Snapshot + ".qcow2")
+	if err := p.writeView(ctx, v, incoming); err != nil {
+		return errors.Join(spaceError(err), p.dir.Remove(incoming))
+	}
+	if err := p.dir.Publish(incoming, viewName(v)); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.viewFiles[v] = true
+	p.mu.Unlock()
+	return nil
+}
+
+// removeView removes the view v; its absence is success. Nothing may depend on it.
+func (p *Pool) removeView(v viewRef) error {
+	p.mu.Lock()
+	exists := p.viewFiles[v]
+	p.mu.Unlock()
+	if !exists {
+		return nil
+	}
+	if err := p.dir.Remove(viewName(v)); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	delete(p.viewFiles, v)
+	p.mu.Unlock()
+	return nil
+}
+
+// writeView writes the view v into the new file name.
+func (p *Pool) writeView(ctx context.Context, v viewRef, name string) error {
+	source := path.Join(volumeDir(v.Volume), diskName)
+	f, err := p.dir.OpenFile(source, unix.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	header, err := snapshotHeader(f, v.Snapshot)
+	f.Close()
+	if err != nil {
+		return fmt.Errorf("view of %s: %w", v.Volume, err)
+	}
+	if err := p.createImage(ctx, name, viewSize, qcow2.CreateOptions{ClusterSize: viewClusterSize}, false); err != nil {
+		return err
+	}
+	file, err := p.openDisk(name, qcow2.FileOptions{Lock: qcow2.LockWrite})
+	if err != nil {
+		return err
+	}
+	im, err := qcow2.Open(ctx, file, qcow2.Options{Cache: p.opts.Cache})
+	if err != nil {
+		return errors.Join(err, file.Close())
+	}
+	// A whole cluster, written before the backing file is named: nothing is copied up.
+	_, err = im.WriteAt(header, 0)
+	if err == nil {
+		err = im.SetBacking(ctx, path.Join(p.path, source), "raw")
+	}
+	return errors.Join(err, im.Close())
+}

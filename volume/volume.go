@@ -1,0 +1,342 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"path"
+	"sort"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"csi-qcow2/internal/durable"
+	"csi-qcow2/qcow2"
+)
+
+// A Volume describes a volume.
+type Volume struct {
+	ID         string
+	Name       string
+	Size       int64 // virtual size, bytes
+	Params     Params
+	Source     Source
+	Created    time.Time
+	Filesystem Filesystem
+}
+
+func (r *volumeRecord) volume() Volume {
+	return Volume{r.ID, r.Name, r.Size, r.Params, r.Source, r.Created, r.Filesystem}
+}
+
+// Bounds of the virtual size of a volume, in bytes.
+const (
+	MinSize     = 1 << 20
+	MaxSize     = 64 << 40
+	DefaultSize = 1 << 30
+	// SizeUnit is what sizes are rounded up to: the largest logical block.
+	SizeUnit = 4096
+)
+
+// A SizeRange is a request for a size in bytes, as CSI makes it: at least
+// Required, at most Limit, zero for no bound.
+type SizeRange struct{ Required, Limit int64 }
+
+// pick returns the smallest allowed size of at least low bytes that r allows.
+func (r SizeRange) pick(low int64) (int64, error) {
+	if r.Required < 0 || r.Limit < 0 || (r.Limit > 0 && r.Limit < r.Required) {
+		return 0, fmt.Errorf("%w: required %d bytes, limit %d bytes", ErrInvalid, r.Required, r.Limit)
+	}
+	want := max(r.Required, low, MinSize)
+	if want > MaxSize {
+		return 0, fmt.Errorf("%w: %d bytes, at most %d", ErrOutOfRange, want, int64(MaxSize))
+	}
+	size := (want + SizeUnit - 1) &^ (SizeUnit - 1)
+	if r.Limit > 0 && size > r.Limit {
+		return 0, fmt.Errorf("%w: the smallest possible size is %d bytes, the limit %d", ErrOutOfRange, size, r.Limit)
+	}
+	return size, nil
+}
+
+// holds reports whether size satisfies r.
+func (r SizeRange) holds(size int64) bool {
+	return size >= r.Required && (r.Limit == 0 || size <= r.Limit)
+}
+
+// A CreateRequest says what a volume shall be. The name makes it idempotent.
+type CreateRequest struct {
+	Name   string
+	Size   SizeRange
+	Params Params
+	Source Source // at most one of its fields
+}
+
+// Create makes a volume, or finds the one that an earlier call with the same
+// name made. Errors: ErrInvalid, ErrIncompatible (the name exists and differs),
+// ErrNotFound (the source), ErrOutOfRange, ErrNoSpace, ErrTooDeep, ErrBusy.
+func (p *Pool) Create(ctx context.Context, req CreateRequest) (Volume, error) {
+	if err := checkName(req.Name); err != nil {
+		return Volume{}, err
+	}
+	if _, err := req.Size.pick(0); err != nil {
+		return Volume{}, err
+	}
+	return detach(ctx, p, func(ctx context.Context) (Volume, error) { return p.create(ctx, req) })
+}
+
+func (p *Pool) create(ctx context.Context, req CreateRequest) (Volume, error) {
+	id, _ := p.volumeIDFor(req.Name)
+	unlock, err := p.locks.try(id)
+	if err != nil {
+		return Volume{}, err
+	}
+	defer unlock()
+	again, existing := p.volumeIDFor(req.Name)
+	switch {
+	case again != id:
+		return Volume{}, fmt.Errorf("%w: volume %q is being deleted", ErrBusy, req.Name)
+	case existing != nil:
+		return compatible(existing, req)
+	}
+	if err := p.checkSpace(req); err != nil {
+		return Volume{}, err
+	}
+	rec := volumeRecord{ID: id, Name: req.Name, Params: req.Params, Source: req.Source, Created: time.Now().UTC()}
+	if req.Source.Empty() {
+		if rec.Size, err = req.Size.pick(defaultIfZero(req.Size, DefaultSize)); err != nil {
+			return Volume{}, err
+		}
+		return p.build(ctx, rec, nil)
+	}
+	return p.createFrom(ctx, req, rec)
+}
+
+// defaultIfZero returns size when r asks for no size, cut to r's limit.
+func defaultIfZero(r SizeRange, size int64) int64 {
+	if r.Required > 0 {
+		return 0
+	}
+	if r.Limit > 0 {
+		return min(size, r.Limit&^(SizeUnit-1))
+	}
+	return size
+}
+
+// volumeIDFor returns the ID of the volume called name and its record, or the
+// ID that a new one gets and nil.
+func (p *Pool) volumeIDFor(name string) (string, *volumeRecord) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if rec := p.volumeNamedLocked(name); rec != nil {
+		return rec.ID, rec
+	}
+	for n := 0; ; n++ {
+		id := p.makeID(kindVolume, name, n)
+		if p.volumes[id] == nil {
+			return id, nil
+		}
+	}
+}
+
+// VolumeNamed returns the ID of the volume that was created with name.
+func (p *Pool) VolumeNamed(name string) (id string, exists bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	rec := p.volumeNamedLocked(name)
+	if rec == nil {
+		return "", false
+	}
+	return rec.ID, true
+}
+
+func (p *Pool) volumeNamedLocked(name string) *volumeRecord {
+	for _, e := range p.volumes {
+		if e.rec != nil && !e.rec.Deleted && e.rec.Name == name {
+			return e.rec
+		}
+	}
+	return nil
+}
+
+// compatible answers a Create for a name that exists.
+func compatible(rec *volumeRecord, req CreateRequest) (Volume, error) {
+	differs := ""
+	switch {
+	case rec.Source != req.Source:
+		differs = "source"
+	case rec.Params != req.Params:
+		differs = "parameters"
+	case !req.Size.holds(rec.Size):
+		differs = fmt.Sprintf("size (%d bytes)", rec.Size)
+	default:
+		return rec.volume(), nil
+	}
+	return Volume{}, fmt.Errorf("%w: volume %q has another %s", ErrIncompatible, req.Name, differs)
+}
+
+// checkSpace refuses what cannot be reserved. Volumes without preallocation
+// are thin: they may promise more than the pool holds.
+func (p *Pool) checkSpace(req CreateRequest) error {
+	if req.Params.Preallocation != qcow2.PreallocationFull && req.Params.Preallocation != qcow2.PreallocationFalloc {
+		return nil
+	}
+	c, err := p.Capacity()
+	if err != nil {
+		return err
+	}
+	if req.Size.Required > c.Available {
+		return fmt.Errorf("%w: %d bytes to reserve, %d available", ErrNoSpace, req.Size.Required, c.Available)
+	}
+	return nil
+}
+
+// build makes the volume of rec in incoming/ and publishes it. The caller
+// holds its ID lock.
+func (p *Pool) build(ctx context.Context, rec volumeRecord, backing *viewRef) (Volume, error) {
+	dir := incomingName(rec.ID)
+	if err := p.dir.RemoveAll(dir); err != nil { // of an attempt that failed
+		return Volume{}, err
+	}
+	if err := p.fill(ctx, dir, rec, backing); err != nil {
+		return Volume{}, errors.Join(spaceError(err), p.dir.RemoveAll(dir))
+	}
+	if err := p.dir.Publish(dir, volumeDir(rec.ID)); err != nil {
+		return Volume{}, err
+	}
+	p.mu.Lock()
+	p.volumes[rec.ID] = &entry{id: rec.ID, rec: &rec, backing: backing, snapshots: make(map[string]*snapshotRecord)}
+	p.mu.Unlock()
+	return rec.volume(), nil
+}
+
+// fill makes the files of a new volume in dir. The record is written last, and
+// its write makes the entries before it durable.
+func (p *Pool) fill(ctx context.Context, dir string, rec volumeRecord, backing *viewRef) error {
+	for _, d := range []string{dir, path.Join(dir, snapshotsDir), path.Join(dir, viewsDir)} {
+		if err := p.dir.Mkdir(d); err != nil {
+			return err
+		}
+	}
+	o := qcow2.CreateOptions{
+		ClusterSize:   rec.Params.ClusterSize,
+		LazyRefcounts: rec.Params.LazyRefcounts,
+		Preallocation: rec.Params.Preallocation,
+	}
+	if backing != nil {
+		o.BackingFile, o.BackingFormat = p.backingName(*backing), "qcow2"
+		o.Preallocation = qcow2.PreallocationOff // it would hide what the clone is made from
+	}
+	if err := p.createImage(ctx, path.Join(dir, diskName), rec.Size, o, rec.Params.DirectIO); err != nil {
+		return err
+	}
+	return durable.WriteRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, rec)
+}
+
+// Get returns the volume id. Errors: ErrNotFound, ErrDamaged.
+func (p *Pool) Get(id string) (Volume, error) {
+	_, rec, err := p.record(id)
+	if err != nil {
+		return Volume{}, err
+	}
+	return rec.volume(), nil
+}
+
+// List returns up to limit volumes (0 for all) after the token in ID order, and the token
+// of the next page, "" after the last.
+func (p *Pool) List(token string, limit int) ([]Volume, string, error) {
+	if token != "" && !volumeIDPattern.MatchString(token) {
+		return nil, "", fmt.Errorf("%w: %q", ErrBadToken, token)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []Volume
+	for id, e := range p.volumes {
+		if e.rec != nil && !e.rec.Deleted && id > token {
+			all = append(all, e.rec.volume())
+		}
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].ID < all[j].ID })
+	if limit > 0 && len(all) > limit {
+		return all[:limit], all[limit-1].ID, nil
+	}
+	return all, "", nil
+}
+
+// Expand makes the volume id at least as large as size asks. A volume that is
+// large enough stays as it is. It works while the volume is attached; the
+// caller tells the device. Errors: ErrNotFound, ErrOutOfRange, ErrBusy, ErrNoSpace.
+func (p *Pool) Expand(ctx context.Context, id string, size SizeRange) (Volume, error) {
+	want, err := size.pick(0)
+	if err != nil {
+		return Volume{}, err
+	}
+	err = detachErr(ctx, p, func(ctx context.Context) error {
+		unlock, err := p.locks.try(id)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		return p.expand(ctx, id, want, size.Limit)
+	})
+	if err != nil {
+		return Volume{}, err
+	}
+	return p.Get(id)
+}
+
+func (p *Pool) expand(ctx context.Context, id string, want, limit int64) (err error) {
+	e, rec, err := p.record(id)
+	if err != nil {
+		return err
+	}
+	if limit > 0 && rec.Size > limit {
+		return fmt.Errorf("%w: volume %s has %d bytes, the limit is %d", ErrOutOfRange, id, rec.Size, limit)
+	}
+	if rec.Size >= want {
+		return nil
+	}
+	d, err := p.openAny(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	// An earlier attempt may have ended between the image and its record.
+	if d.Image.Size() < want {
+		if err := d.Image.Resize(ctx, want); err != nil {
+			return spaceError(fmt.Errorf("expand %s: %w", id, err))
+		}
+	}
+	return p.updateRecord(e, func(r *volumeRecord) { r.Size = d.Image.Size() })
+}
+
+// SetFilesystem records what is known about the content of the volume id. It
+// is durable when it returns.
+func (p *Pool) SetFilesystem(id string, f Filesystem) error {
+	e, rec, err := p.record(id)
+	if err != nil || rec.Filesystem == f {
+		return err
+	}
+	return p.updateRecord(e, func(r *volumeRecord) { r.Filesystem = f })
+}
+
+// A Capacity says how much room a pool has, in bytes.
+type Capacity struct{ Total, Available int64 }
+
+// Capacity asks the host file system.
+func (p *Pool) Capacity() (Capacity, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(p.dir.Fd(), &st); err != nil {
+		return Capacity{}, &fs.PathError{Op: "statfs", Path: p.path, Err: err}
+	}
+	return Capacity{Total: scale(st.Blocks, st.Bsize), Available: scale(st.Bavail, st.Bsize)}, nil
+}
+
+// scale multiplies without overflow: some file systems claim 2^63 blocks.
+func scale(blocks uint64, size int64) int64 {
+	if size <= 0 || blocks > math.MaxInt64/uint64(size) {
+		return math.MaxInt64
+	}
+	return int64(blocks) * size
+}
