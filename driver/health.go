@@ -1,0 +1,136 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"csi-qcow2/qcow2"
+	"csi-qcow2/volume"
+)
+
+// Reasons of the health RPCs, in CamelCase for machines.
+const (
+	reasonDeviceLost    = "DeviceLost"    // the device has no server; staging again repairs it
+	reasonRecordDamaged = "RecordDamaged" // a record or header of the volume does not decode
+	reasonImageCorrupt  = "ImageCorrupt"  // a structure of the image contradicts itself
+	reasonImageFailed   = "ImageFailed"   // the image could not be opened, written or closed
+	reasonPoolFull      = "PoolFull"
+	reasonPoolUnread    = "PoolUnreachable"
+)
+
+// poolLowPercent is the share of a pool's space below which it counts as degraded.
+const poolLowPercent = 5
+
+// imageHealth turns a known problem of an image into an entry.
+func imageHealth(problem error) *csi.VolumeHealth_VolumeHealthEntry {
+	e := &csi.VolumeHealth_VolumeHealthEntry{Message: problem.Error()}
+	switch {
+	case errors.Is(problem, volume.ErrDamaged):
+		e.Status, e.Reason = csi.VolumeHealthErrorType_INACCESSIBLE, reasonRecordDamaged
+	case errors.Is(problem, qcow2.ErrCorrupt):
+		e.Status, e.Reason = csi.VolumeHealthErrorType_DATA_LOSS, reasonImageCorrupt
+	default:
+		e.Status, e.Reason = csi.VolumeHealthErrorType_DEGRADED, reasonImageFailed
+	}
+	return e
+}
+
+// healthOf collects what is known of the volume id; entries are empty when all is well.
+func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, error) {
+	problem, err := pool.Health(id)
+	if err != nil {
+		return nil, err
+	}
+	h := &csi.VolumeHealth{VolumeId: id}
+	if problem != nil {
+		h.HealthStatuses = append(h.HealthStatuses, imageHealth(problem))
+	}
+	if v := d.stagedVolume(id); v != nil {
+		if loss := d.lossOf(v); loss != nil {
+			h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+				Status: csi.VolumeHealthErrorType_INACCESSIBLE, Reason: reasonDeviceLost,
+				Message: fmt.Sprintf("device %s: %v", v.hint.Device, loss),
+			})
+		}
+	}
+	return h, nil
+}
+
+// volumeHealth is the common part of both GetVolumeHealth RPCs.
+func (d *Driver) volumeHealth(id string) (*csi.VolumeHealth, error) {
+	if err := required("volume_id", id); err != nil {
+		return nil, err
+	}
+	pool, err := d.pools.of(id)
+	if err != nil {
+		return nil, err
+	}
+	return d.healthOf(pool, id)
+}
+
+// NodeGetVolumeHealth implements csi.NodeServer.
+func (s nodeServer) NodeGetVolumeHealth(_ context.Context, req *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
+	h, err := s.volumeHealth(req.GetVolumeId())
+	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: h}, err
+}
+
+// ControllerGetVolumeHealth implements csi.ControllerServer: a volume has one
+// node, which sees it as the controller does.
+func (s controllerServer) ControllerGetVolumeHealth(_ context.Context, req *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
+	h, err := s.volumeHealth(req.GetVolumeId())
+	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: h}, err
+}
+
+// ControllerListVolumeHealth implements csi.ControllerServer: the volumes that
+// something is wrong with.
+func (s controllerServer) ControllerListVolumeHealth(_ context.Context, req *csi.ControllerListVolumeHealthRequest) (*csi.ControllerListVolumeHealthResponse, error) {
+	if err := checkPage(req.GetMaxEntries()); err != nil {
+		return nil, err
+	}
+	all, next, err := page(s.pools, req.GetStartingToken(), int(req.GetMaxEntries()), s.unhealthy,
+		func(h *csi.VolumeHealth) string { return h.GetVolumeId() })
+	if err != nil {
+		return nil, err
+	}
+	return &csi.ControllerListVolumeHealthResponse{Entries: all, NextToken: next}, nil
+}
+
+// unhealthy lists the volumes of pool after token that something is wrong with.
+func (d *Driver) unhealthy(pool *volume.Pool, token string, limit int) ([]*csi.VolumeHealth, string, error) {
+	var all []*csi.VolumeHealth
+	for _, id := range pool.IDs() {
+		if id <= token {
+			continue
+		}
+		h, err := d.healthOf(pool, id)
+		if err != nil || len(h.GetHealthStatuses()) == 0 {
+			continue // deleted meanwhile, or well
+		}
+		if all = append(all, h); limit > 0 && len(all) == limit {
+			break
+		}
+	}
+	return all, "", nil
+}
+
+// NodeGetStorageHealth implements csi.NodeServer: the pools of this node.
+func (s nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
+	resp := &csi.NodeGetStorageHealthResponse{}
+	for _, pool := range s.pools.all() {
+		c, err := s.poolCapacity(ctx, pool)
+		switch {
+		case err != nil:
+			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+				Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: reasonPoolUnread,
+				Message: fmt.Sprintf("pool %q: %v", pool.Path(), err)})
+		case c.Available < c.Total/100*poolLowPercent:
+			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+				Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: reasonPoolFull,
+				Message: fmt.Sprintf("pool %q has %d of %d bytes left", pool.Path(), c.Available, c.Total)})
+		}
+	}
+	return resp, nil
+}

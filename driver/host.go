@@ -1,0 +1,49 @@
+package driver
+
+import "context"
+
+// A Host is what the node service asks of the operating system. It is the
+// border of the unit tests: everything above it runs in them as it is.
+type Host interface {
+	// Mounts lists what is mounted at target, bottom first.
+	Mounts(target string) ([]Mount, error)
+	// Mount mounts a filesystem on the device source, or binds source when
+	// fstype is "".
+	Mount(source, target, fstype string, options []string) error
+	// Unmount takes the top mount off target. A lazy unmount succeeds whatever
+	// uses the mount, and takes away what is mounted below it too.
+	Unmount(target string, lazy bool) error
+
+	// Format makes a filesystem on device, whatever is there.
+	Format(ctx context.Context, fstype, device string) error
+	// Check repairs what can be repaired without loss, and fails otherwise.
+	Check(ctx context.Context, fstype, device string) error
+	// Grow makes the mounted filesystem as large as its device.
+	Grow(ctx context.Context, fstype, device, mountpoint string) error
+	// Sync writes back the filesystem mounted at path.
+	Sync(path string) error
+	// Usage returns the use of the filesystem mounted at path.
+	Usage(path string) (Usage, error)
+
+	// DeviceNumber returns the number of the block device path, or 0 when
+	// path is no block device or does not exist.
+	DeviceNumber(path string) (uint64, error)
+	// SetReadOnly makes the kernel refuse writes to device, or take them again.
+	SetReadOnly(device string, readOnly bool) error
+	// ReadEnds reads the first and the last MiB of device past the page cache.
+	ReadEnds(device string) error
+}
+
+// A Mount is one mount of the mount table.
+type Mount struct {
+	Device   uint64 // device number of the filesystem
+	Root     string // of the mount inside its filesystem
+	Type     string // of the filesystem
+	ReadOnly bool   // this mount, whatever its filesystem is
+}
+
+// A Usage says how full a filesystem is.
+type Usage struct {
+	Total, Available, Used         int64 // bytes
+	Inodes, InodesFree, InodesUsed int64
+}

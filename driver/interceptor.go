@@ -1,0 +1,82 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"path"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
+)
+
+// The interceptors of every RPC, outermost first: log sees the status that
+// leaves, toStatus sees every error, recover turns a panic into one.
+func (d *Driver) interceptors() grpc.ServerOption {
+	return grpc.ChainUnaryInterceptor(logCalls, makeStatus, d.calls.admit, recoverPanics, checkLimits)
+}
+
+// logCalls logs each RPC with its secrets stripped, and its result.
+func logCalls(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	log := klog.FromContext(ctx).WithValues("method", path.Base(info.FullMethod))
+	log.V(4).Info("call", "request", protosanitizer.StripSecrets(req))
+	begin := time.Now()
+	resp, err := handler(klog.NewContext(ctx, log), req)
+	took := time.Since(begin).Round(time.Microsecond)
+	if err != nil {
+		log.Error(err, "call failed", "code", status.Code(err).String(), "took", took)
+	} else {
+		log.V(4).Info("reply", "response", protosanitizer.StripSecrets(resp), "took", took)
+	}
+	return resp, err
+}
+
+// makeStatus applies the code table.
+func makeStatus(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	resp, err := handler(ctx, req)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return resp, nil
+}
+
+// recoverPanics keeps a bug in one RPC from ending the devices of all volumes.
+func recoverPanics(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			klog.FromContext(ctx).Error(nil, "panic", "method", info.FullMethod, "value", r, "stack", string(debug.Stack()))
+			resp, err = nil, fmt.Errorf("panic in %s: %v", path.Base(info.FullMethod), r)
+		}
+	}()
+	return handler(ctx, req)
+}
+
+// calls counts the RPCs under way and refuses new ones while draining.
+type calls struct {
+	mu       sync.Mutex
+	draining bool // guarded by mu
+	running  sync.WaitGroup
+}
+
+func (c *calls) admit(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	c.mu.Lock()
+	if c.draining {
+		c.mu.Unlock()
+		return nil, fmt.Errorf("%w: the node process is stopping", errUnavailable)
+	}
+	c.running.Add(1)
+	c.mu.Unlock()
+	defer c.running.Done()
+	return handler(ctx, req)
+}
+
+// drain refuses new RPCs from now on.
+func (c *calls) drain() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.draining = true
+}

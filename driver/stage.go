@@ -1,0 +1,291 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"csi-qcow2/internal/imagebackend"
+	"csi-qcow2/nbdexport"
+	"csi-qcow2/volume"
+)
+
+// NodeStageVolume implements csi.NodeServer.
+func (s nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
+	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath()),
+		checkCapability(req.GetVolumeCapability())); err != nil {
+		return nil, err
+	}
+	want := stageHint{
+		Volume:      req.GetVolumeId(),
+		StagingPath: req.GetStagingTargetPath(),
+		Block:       req.GetVolumeCapability().GetBlock() != nil,
+		Mode:        req.GetVolumeCapability().GetAccessMode().GetMode().String(),
+		FSType:      req.GetVolumeCapability().GetMount().GetFsType(),
+		Flags:       req.GetVolumeCapability().GetMount().GetMountFlags(),
+	}
+	return change(ctx, s.Driver, want.Volume, func(ctx context.Context) (*csi.NodeStageVolumeResponse, error) {
+		return &csi.NodeStageVolumeResponse{}, s.stage(ctx, want)
+	})
+}
+
+// stage makes what is staged equal to want. The caller holds the lock of the volume.
+func (d *Driver) stage(ctx context.Context, want stageHint) error {
+	pool, vol, err := d.get(want.Volume)
+	if err != nil {
+		return err
+	}
+	v := d.stagedVolume(want.Volume)
+	if v != nil && !v.hint.same(&want) {
+		return fmt.Errorf("%w: volume %s is staged at %q with other arguments", errIncompatible, want.Volume, v.hint.StagingPath)
+	}
+	if v != nil {
+		if loss := d.lossOf(v); loss != nil {
+			klog.FromContext(ctx).Info("repairing a staged volume", "volumeID", want.Volume, "reason", loss.Error())
+			if err := d.release(ctx, v, true); err != nil {
+				return err
+			}
+			want.Generation = v.hint.Generation
+			v = nil
+		}
+	}
+	if v == nil {
+		if v, err = d.attach(ctx, pool, vol, want); err != nil {
+			return err
+		}
+	}
+	if v.hint.Block {
+		return nil
+	}
+	if err := d.mountStaged(ctx, pool, vol, v); err != nil {
+		// A final code promises that nothing is attached.
+		return d.undone(ctx, v, err)
+	}
+	return nil
+}
+
+// attach opens the image of a volume and makes a device of it.
+func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volume, want stageHint) (_ *stagedVolume, err error) {
+	if err := d.checkLimit(); err != nil {
+		return nil, err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	want.BootID = boot
+	want.Generation++
+	v := &stagedVolume{hint: want}
+	disk, err := pool.Open(ctx, want.Volume)
+	if err != nil {
+		return nil, err
+	}
+	// From now on the content of a raw device is the user's.
+	if want.Block && !want.readOnly() && vol.Filesystem.State != volume.FilesystemFormatted {
+		if err := pool.SetFilesystem(want.Volume, volume.Filesystem{State: volume.FilesystemForeign}); err != nil {
+			return nil, errors.Join(err, disk.Close())
+		}
+	}
+	if err := d.remember(v); err != nil { // before the kernel knows of it
+		return nil, errors.Join(err, disk.Close())
+	}
+	device, err := d.opts.Attacher.Attach(ctx,
+		imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO}),
+		nbdexport.DeviceOptions{ID: want.deviceID(), ReadOnly: want.Block && want.readOnly(), Discard: vol.Params.Discard})
+	if err != nil {
+		return nil, errors.Join(err, disk.Close(), d.forget(want.Volume))
+	}
+	attached := &stagedVolume{hint: want, disk: disk, device: device}
+	attached.hint.Device = device.Path()
+	if err := d.remember(attached); err != nil {
+		return nil, d.undone(ctx, attached, err)
+	}
+	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind(), "image", disk.Image.Info().FileSize)
+	return attached, nil
+}
+
+// checkLimit refuses one more staged volume than the node may have.
+func (d *Driver) checkLimit() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.opts.MaxVolumes > 0 && int64(len(d.staged)) >= d.opts.MaxVolumes {
+		return fmt.Errorf("%w: %d volumes are staged, the limit of this node", errTopology, len(d.staged))
+	}
+	return nil
+}
+
+// undone releases v after a failure and returns err, which is not final when
+// the release failed as well.
+func (d *Driver) undone(ctx context.Context, v *stagedVolume, err error) error {
+	if undo := d.release(ctx, v, false); undo != nil {
+		return fmt.Errorf("%w; %w: %w", err, errUndo, undo)
+	}
+	return err
+}
+
+// mountStaged brings the filesystem of v to its staging path.
+func (d *Driver) mountStaged(ctx context.Context, pool *volume.Pool, vol volume.Volume, v *stagedVolume) error {
+	mounted, err := d.mountedFrom(v.hint.StagingPath, v.device.Path())
+	if err != nil || mounted {
+		return err
+	}
+	device := v.device.Path()
+	fstype, err := d.ensureFilesystem(ctx, pool, vol, v)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(v.hint.StagingPath, 0o750); err != nil {
+		return err
+	}
+	if err := d.opts.Host.Check(ctx, fstype, device); err != nil {
+		return fmt.Errorf("filesystem of volume %s: %w", vol.ID, err)
+	}
+	if err := d.opts.Host.Mount(device, v.hint.StagingPath, fstype, stagingOptions(&v.hint, vol, fstype)); err != nil {
+		return err
+	}
+	if v.hint.readOnly() {
+		return nil
+	}
+	// A restore into a larger volume, or an expansion while it was not staged.
+	if err := d.opts.Host.Grow(ctx, fstype, device, v.hint.StagingPath); err != nil {
+		return fmt.Errorf("grow the filesystem of volume %s: %w", vol.ID, err)
+	}
+	return nil
+}
+
+// stagingOptions are the mount options of a staged volume. A volume's
+// filesystem is the user's: its device nodes and set-user-ID programs do not count.
+func stagingOptions(h *stageHint, vol volume.Volume, fstype string) []string {
+	options := []string{"nosuid", "nodev"}
+	if h.readOnly() {
+		options = append(options, "ro")
+	}
+	if fstype == fsXFS && !vol.Source.Empty() && !slices.Contains(h.Flags, "nouuid") {
+		options = append(options, "nouuid") // its source may be mounted here too
+	}
+	return append(options, h.Flags...)
+}
+
+// mountedFrom reports whether device is mounted at path. Something else there
+// is an error, unless it is a mount of a device that has ended: that is detached.
+func (d *Driver) mountedFrom(path, device string) (bool, error) {
+	mounts, err := d.opts.Host.Mounts(path)
+	if err != nil || len(mounts) == 0 {
+		return false, err
+	}
+	number, err := d.opts.Host.DeviceNumber(device)
+	if err != nil {
+		return false, err
+	}
+	if top := mounts[len(mounts)-1]; top.Device != number {
+		return false, fmt.Errorf("%w: %q has a mount of another %s device (%d:%d)", errPrecondition, path, top.Type, top.Device>>8, top.Device&0xff)
+	}
+	return true, nil
+}
+
+// NodeUnstageVolume implements csi.NodeServer. What is not staged is
+// unstaged already, whatever its ID looks like.
+func (s nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
+	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath())); err != nil {
+		return nil, err
+	}
+	return change(ctx, s.Driver, req.GetVolumeId(), func(ctx context.Context) (*csi.NodeUnstageVolumeResponse, error) {
+		return &csi.NodeUnstageVolumeResponse{}, s.unstage(ctx, req.GetVolumeId(), req.GetStagingTargetPath())
+	})
+}
+
+func (d *Driver) unstage(ctx context.Context, id, path string) error {
+	v := d.stagedVolume(id)
+	if v == nil {
+		return d.unmountUnknown(id, path)
+	}
+	if v.hint.StagingPath != path {
+		return fmt.Errorf("%w: volume %s is staged at %q", errPrecondition, id, v.hint.StagingPath)
+	}
+	lost := d.lossOf(v) != nil
+	if !lost {
+		for target := range v.hint.Targets {
+			published, err := d.isPublished(v, target)
+			if err != nil {
+				return err
+			}
+			if published {
+				return fmt.Errorf("%w: volume %s is published at %q", errPrecondition, id, target)
+			}
+		}
+	}
+	return d.release(ctx, v, lost)
+}
+
+// detachTimeout bounds the detach of a device after its caller has left.
+const detachTimeout = time.Minute
+
+// release unmounts, detaches and closes v, and forgets it. Of a lost volume the
+// mounts are detached whoever uses them: nobody can use them any more. What it
+// could not do is left for the next call.
+func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error {
+	paths := []string{v.hint.StagingPath}
+	if lost {
+		for target := range v.hint.Targets {
+			paths = append(paths, target)
+		}
+	}
+	for _, path := range paths {
+		if err := d.unmountAll(path, lost); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	if v.device != nil {
+		ctx, cancel := context.WithTimeout(ctx, detachTimeout)
+		defer cancel()
+		err := v.device.Detach(ctx)
+		if err != nil && !errors.Is(err, nbdexport.ErrNotFlushed) && !lost {
+			return err
+		}
+		errs = append(errs, err)
+	}
+	if v.disk != nil {
+		errs = append(errs, v.disk.Close())
+	}
+	if lost {
+		// What could not be written is lost, and was reported by the health RPCs.
+		if err := errors.Join(errs...); err != nil {
+			klog.FromContext(ctx).Error(err, "releasing a lost volume", "volumeID", v.hint.Volume)
+		}
+		errs = []error{d.cleanStaleOf(ctx, v.hint.Volume)}
+	}
+	return errors.Join(append(errs, d.forget(v.hint.Volume))...)
+}
+
+// unmountAll takes every mount off path.
+func (d *Driver) unmountAll(path string, lazy bool) error {
+	for {
+		mounts, err := d.opts.Host.Mounts(path)
+		if err != nil || len(mounts) == 0 {
+			return err
+		}
+		if err := d.opts.Host.Unmount(path, lazy); err != nil {
+			return err
+		}
+	}
+}
+
+// unmountUnknown cleans path of a volume that nothing is remembered of. Only a
+// volume of ours can have a mount there that is ours to take away.
+func (d *Driver) unmountUnknown(id, path string) error {
+	mounts, err := d.opts.Host.Mounts(path)
+	if err != nil || len(mounts) == 0 {
+		return err
+	}
+	if _, err := d.pools.of(id); err != nil {
+		return fmt.Errorf("%w; %q is a mount of something else", err, path)
+	}
+	return d.unmountAll(path, false)
+}
