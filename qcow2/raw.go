@@ -17,7 +17,7 @@ type RawOptions struct {
 	// Bytes beyond the end of the file read as zeroes.
 	Size int64
 	// PassDiscard gives discarded space back to the host file; otherwise
-	// Discard does nothing.
+	// Discard does nothing, and WriteZeroes keeps the space.
 	PassDiscard bool
 	// NoFlush makes Flush return at once: cache=unsafe of the tools.
 	NoFlush bool
@@ -70,6 +70,9 @@ func OpenRaw(f File, o RawOptions) (*Raw, error) {
 	return r, nil
 }
 
+// File returns the file that holds the bytes.
+func (r *Raw) File() File { return r.f }
+
 // Size implements Disk.
 func (r *Raw) Size() int64 { return r.size.Load() }
 
@@ -113,7 +116,7 @@ func (r *Raw) WriteZeroes(off, n int64, unmap bool) error {
 		return nil
 	}
 	err := errors.ErrUnsupported
-	if unmap {
+	if unmap && r.opts.PassDiscard {
 		err = r.f.Punch(off, n)
 	} else if r.zeroRange != nil {
 		err = r.zeroRange(off, n)

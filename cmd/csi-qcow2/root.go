@@ -77,6 +77,7 @@ func newRootCommand() *cobra.Command {
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(
 		newDemoCommand(),
+		newImgCommand(),
 		newNBDCommand(),
 		newVersionCommand(),
 	)

@@ -246,3 +246,17 @@ func sizeOf(key string, value any) (int64, error) {
 	}
 	return n, nil
 }
+
+// HostPath returns the path of the host file that holds the bytes of the image
+// name, "" if there is none or name cannot be parsed. Of an image inside an
+// image it is that of the innermost.
+func HostPath(name string) string {
+	n, err := parseName(name)
+	if err != nil {
+		return ""
+	}
+	for n.file != nil {
+		n = n.file
+	}
+	return n.filename
+}

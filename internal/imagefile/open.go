@@ -40,6 +40,38 @@ type Info struct {
 // maxDepth is the longest backing chain that is opened.
 const maxDepth = 200
 
+// OpenFile opens only the host file of the image name, and says what it holds:
+// for what works on the file itself, like a check. Of o it regards Format,
+// ReadOnly, CacheMode and ForceShare.
+func OpenFile(ctx context.Context, name string, o Options) (qcow2.File, Info, error) {
+	n, err := parseName(name)
+	if err != nil {
+		return nil, Info{}, err
+	}
+	if o.Format != "" {
+		n = n.withFormat(o.Format)
+	}
+	op := opener{opts: o}
+	no := nodeOptions{readOnly: o.ReadOnly, forceShare: o.ForceShare}.below(n)
+	file, _, err := op.openFile(ctx, n, no, nil)
+	if err != nil {
+		return nil, Info{}, err
+	}
+	info := Info{Name: name, Format: n.driver}
+	if info.Format == "" {
+		info.Probed = true
+		info.Format, err = probe(file, n.name)
+	}
+	if err == nil {
+		err = op.lock(file, info.Format, no, nil)
+	}
+	if err != nil {
+		file.Close()
+		return nil, Info{}, err
+	}
+	return file, info, nil
+}
+
 // Open opens the image file name with its backing chain. Errors are
 // *BackingError for a fault below the top, *FormatError, *NameError, and those
 // of qcow2.OpenFile and qcow2.Open.
@@ -73,6 +105,13 @@ type nodeOptions struct {
 	snapshot   string
 }
 
+// below returns o with what n itself demands.
+func (o nodeOptions) below(n *node) nodeOptions {
+	o.forceShare = o.forceShare || n.forceShare
+	o.readOnly = o.readOnly || n.readOnly || o.forceShare
+	return o
+}
+
 // A level is a file that is open, and those above it.
 type level struct {
 	dev, ino uint64
@@ -93,8 +132,7 @@ func (op *opener) open(ctx context.Context, n *node, o nodeOptions, above *level
 	if err := ctx.Err(); err != nil {
 		return opened{}, err
 	}
-	o.forceShare = o.forceShare || n.forceShare
-	o.readOnly = o.readOnly || n.readOnly || o.forceShare
+	o = o.below(n)
 	file, at, err := op.openFile(ctx, n, o, above)
 	if err != nil {
 		return opened{}, err
