@@ -114,8 +114,10 @@ func (c *conn) serve(ctx context.Context) error {
 
 // receiveAll reads and starts requests until the stream ends.
 func (c *conn) receiveAll(ctx context.Context) error {
+	var r request // one for all: a new one for each would be allocated
 	for {
-		r, err := c.receive()
+		var err error
+		r, err = c.receive()
 		if err == io.EOF {
 			return nil
 		}
@@ -201,7 +203,8 @@ func (c *conn) hand(ctx context.Context, t task) error {
 // work handles tasks until there will be no more.
 func (c *conn) work(ctx context.Context) {
 	defer c.workers.Done()
-	for t := range c.tasks {
+	var t task // one for all, as in receiveAll
+	for t = range c.tasks {
 		c.handle(ctx, &t)
 		c.out.flush()
 	}
