@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -77,9 +78,9 @@ func (im *Image) alloc(want int64) (first hostCluster, n int64, fresh bool, err 
 		switch {
 		case err != nil:
 		case t.n > 0:
-			if t.fresh {
-				err = im.extendFile(int64(im.geo.hostOffset(t.first)) + t.n*im.geo.clusterSize)
-			}
+			// Clusters below the tail may lie beyond the end of the file, too,
+			// when an extension failed.
+			err = im.extendFile(int64(im.geo.hostOffset(t.first)) + t.n*im.geo.clusterSize)
 			if err == nil {
 				return t.first, t.n, t.fresh, nil
 			}
@@ -208,7 +209,32 @@ func (im *Image) loadTable(class tableClass, off HostOffset) error {
 	return nil
 }
 
-// allocContiguous allocates exactly n contiguous fresh clusters for a table.
+// allocTable allocates exactly n contiguous clusters for a table, and their space
+// in the host file: a table whose write back finds the pool full would fail the
+// image, so the request that needs the table fails instead.
+func (im *Image) allocTable(n int64) (hostCluster, error) {
+	first, err := im.allocContiguous(n)
+	if err != nil {
+		return 0, err
+	}
+	if err := im.reserveSpace(first, n); err != nil {
+		im.free(first, n)
+		return 0, err
+	}
+	return first, nil
+}
+
+// reserveSpace takes the space of n clusters from the host file system, if it can
+// be taken in advance there.
+func (im *Image) reserveSpace(first hostCluster, n int64) error {
+	g := &im.geo
+	err := im.f.Allocate(int64(g.hostOffset(first)), n*g.clusterSize)
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("qcow2: reserve space for a table: %w", err)
+	}
+	return nil
+}
+
 func (im *Image) allocContiguous(n int64) (hostCluster, error) {
 	a := &im.allocator
 	if n == 1 {

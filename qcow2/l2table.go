@@ -23,7 +23,7 @@ func (im *Image) ensureL2(index int) (HostOffset, error) {
 			return 0, err
 		}
 	}
-	first, _, _, err := im.alloc(1)
+	first, err := im.allocTable(1)
 	if err != nil {
 		return 0, err
 	}

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -12,76 +11,104 @@ import (
 
 // Open opens the image in f. On success the image owns f and Close closes it.
 //
-// An image whose dirty bit is set is repaired first, unless it is opened
-// read-only. Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError
-// says where), and those of f.
+// What a predecessor of the same ID left in the cache is written back first. Then
+// an image whose dirty bit is set is repaired, unless it is opened read-only.
+//
+// Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError says where),
+// and those of f.
 func Open(ctx context.Context, f File, opts Options) (*Image, error) {
 	if opts.Snapshot != "" && !opts.ReadOnly {
 		return nil, fmt.Errorf("%w: snapshot %q must be opened read-only", ErrReadOnly, opts.Snapshot)
+	}
+	if opts.NoFlush {
+		f = unsyncedFile{f}
 	}
 	h, err := readHeader(f)
 	if err != nil {
 		return nil, err
 	}
-	if !opts.ReadOnly {
-		if h, err = makeConsistent(ctx, f, h); err != nil {
-			return nil, err
-		}
-	}
-	if err := validateTables(f, h); err != nil {
-		return nil, err
-	}
-	if opts.NoFlush {
-		f = unsyncedFile{f}
-	}
 	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs()}
 	if named, ok := f.(interface{ Name() string }); ok {
 		im.name = named.Name()
 	}
-	if err := im.readTables(); err != nil {
+	if err := im.openCache(); err != nil {
 		return nil, err
 	}
-	if err := im.openBacking(ctx); err != nil {
-		return nil, err
-	}
-	if err := im.openHandle(); err != nil {
-		if im.backing != nil {
-			err = errors.Join(err, im.backing.Close())
+	if err := im.open(ctx); err != nil {
+		err = errors.Join(err, im.handle.Discard())
+		if im.own != nil {
+			err = errors.Join(err, im.own.Close())
 		}
 		return nil, err
 	}
 	return im, nil
 }
 
-// makeConsistent repairs an image whose dirty bit is set, refuses one whose
-// corrupt bit is set, and clears the autoclear bits: this package keeps none of
-// the structures that they vouch for. It returns the header as it is then.
-func makeConsistent(ctx context.Context, f File, h *header) (*header, error) {
-	if h.corrupt() {
-		return nil, fmt.Errorf("%w: its corrupt bit is set; it can be opened read-only, or repaired with: csi-qcow2 img check -r all", ErrCorrupt)
-	}
-	if h.dirty() {
-		if _, err := checkFile(ctx, f, h, CheckOptions{RepairAll: true}); err != nil {
-			return nil, fmt.Errorf("qcow2: repair after an unclean end: %w", err)
-		}
-		var err error
-		if h, err = readHeader(f); err != nil {
-			return nil, err
-		}
-		if h.dirty() {
-			return nil, fmt.Errorf("%w: it was not closed cleanly and cannot be repaired automatically; see: csi-qcow2 img check -r all", ErrCorrupt)
+// open is Open once the image has its handle of the cache.
+func (im *Image) open(ctx context.Context) error {
+	if !im.opts.ReadOnly {
+		if err := im.makeConsistent(ctx); err != nil {
+			return err
 		}
 	}
-	if h.autoclear != 0 && h.version >= 3 {
-		if _, err := f.WriteAt(make([]byte, 8), hdrOffAutoclear); err != nil {
-			return nil, fmt.Errorf("qcow2: clear autoclear bits: %w", err)
-		}
-		if err := f.Datasync(); err != nil {
-			return nil, fmt.Errorf("qcow2: clear autoclear bits: %w", err)
-		}
-		h.autoclear = 0
+	if err := validateTables(im.f, im.hdr); err != nil {
+		return err
 	}
-	return h, nil
+	if err := im.readTables(); err != nil {
+		return err
+	}
+	return im.openBacking(ctx)
+}
+
+// makeConsistent finishes what a predecessor left: it writes back the tables
+// that are in the cache, repairs an image whose dirty bit is set, and clears the
+// autoclear bits, because this package keeps none of the structures that they
+// vouch for. An image whose corrupt bit is set is refused.
+func (im *Image) makeConsistent(ctx context.Context) error {
+	var err error
+	if im.handle.DirtyTables() > 0 {
+		if err := im.handle.WriteBack(); err != nil {
+			return err
+		}
+		if im.hdr, err = readHeader(im.f); err != nil {
+			return err
+		}
+	}
+	if im.hdr.corrupt() {
+		return fmt.Errorf("%w: its corrupt bit is set; it can be opened read-only, or repaired with: csi-qcow2 img check -r all", ErrCorrupt)
+	}
+	if im.hdr.dirty() {
+		if err := im.repairDirty(ctx); err != nil {
+			return err
+		}
+	}
+	if im.hdr.autoclear == 0 {
+		return nil
+	}
+	im.hdr.autoclear = 0
+	return im.writeHeader(hdrOffAutoclear, make([]byte, 8))
+}
+
+// repairDirty repairs an image that was not closed cleanly. The cache is emptied
+// around it: the repair changes tables in the file.
+func (im *Image) repairDirty(ctx context.Context) error {
+	if err := im.handle.Close(); err != nil {
+		return err
+	}
+	_, err := checkFile(ctx, im.f, im.hdr, CheckOptions{RepairAll: true})
+	if err == nil {
+		im.hdr, err = readHeader(im.f)
+	}
+	if err == nil && im.hdr.dirty() {
+		err = fmt.Errorf("%w: it cannot be repaired automatically; see: csi-qcow2 img check -r all", ErrCorrupt)
+	}
+	if oerr := im.openHandle(); oerr != nil {
+		return errors.Join(err, oerr)
+	}
+	if err != nil {
+		return fmt.Errorf("qcow2: repair after an unclean end: %w", err)
+	}
+	return nil
 }
 
 // readTables reads the tables that stay in memory whole, and picks the L1 table
@@ -144,30 +171,28 @@ func (im *Image) openBacking(ctx context.Context) error {
 	return nil
 }
 
-func (im *Image) openHandle() error {
-	c := im.opts.Cache
-	if c == nil {
+// openCache opens a handle of the cache that was given, or of a private one.
+func (im *Image) openCache() error {
+	if im.opts.Cache == nil {
 		own, err := cache.New(cache.Options{Bytes: DefaultCacheBytes})
 		if err != nil {
 			return err
 		}
-		c, im.own = own, own
+		im.opts.Cache, im.own = own, own
 	}
-	id := im.opts.ID
-	if id == ([16]byte{}) {
-		if _, err := rand.Read(id[:]); err != nil {
-			return err
-		}
+	err := im.openHandle()
+	if err != nil && im.own != nil {
+		err = errors.Join(err, im.own.Close())
 	}
-	handle, err := c.Open(&tableFile{im.f}, cache.HandleOptions{ID: id, SliceBytes: im.geo.sliceBytes, Classes: classCount})
-	if err != nil {
-		if im.own != nil {
-			err = errors.Join(err, im.own.Close())
-		}
-		return err
+	return err
+}
+
+func (im *Image) openHandle() error {
+	handle, err := im.opts.Cache.Open(&tableFile{im.f}, cache.HandleOptions{ID: im.opts.ID, SliceBytes: im.geo.sliceBytes, Classes: classCount})
+	if err == nil {
+		im.handle = handle
 	}
-	im.handle = handle
-	return nil
+	return err
 }
 
 // tableFile is the image file as the cache sees it: a table that lies beyond the

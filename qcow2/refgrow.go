@@ -44,6 +44,9 @@ func (im *Image) addRefblockLocked(table int) error {
 	if err := im.extendFileLocked(int64(g.hostOffset(c)) + g.clusterSize); err != nil {
 		return err
 	}
+	if err := im.reserveSpace(c, 1); err != nil {
+		return err
+	}
 	off := g.hostOffset(c)
 	if err := im.createTable(classRefblock, off, 1, nil); err != nil {
 		return err
@@ -135,7 +138,13 @@ func (im *Image) growReftable(table int) error {
 	if err := im.extendFileLocked(int64(g.hostOffset(end))); err != nil {
 		return err
 	}
+	if err := im.reserveSpace(at, clusters); err != nil {
+		return err
+	}
 	for _, c := range blocks {
+		if err := im.reserveSpace(c, 1); err != nil {
+			return err
+		}
 		if err := im.createTable(classRefblock, g.hostOffset(c), 1, nil); err != nil {
 			return err
 		}

@@ -99,7 +99,7 @@ func (im *Image) growL1(size int64) error {
 func (im *Image) writeL1(entries []uint64) (hostCluster, error) {
 	g := &im.geo
 	clusters := max(g.clusters(int64(len(entries))*entryBytes), 1)
-	first, err := im.allocContiguous(clusters)
+	first, err := im.allocTable(clusters)
 	if err != nil {
 		return 0, err
 	}
