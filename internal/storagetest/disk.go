@@ -211,7 +211,8 @@ func (d *Disk) write(op Op, off int64, bufs ...[]byte) (int, error) {
 	}
 	var short *shortError
 	if errors.As(err, &short) {
-		total, err = total/2, short.err
+		// Whole sectors: a medium that fails does not tear them.
+		total, err = int(max(0, (off+int64(total)/2)/SectorSize*SectorSize-off)), short.err
 	} else if err != nil {
 		return 0, err
 	}

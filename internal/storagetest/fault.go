@@ -7,7 +7,7 @@ type Fault struct {
 	Err    error // what it returns
 	Sticky bool  // and all later ones fail as well, until Clear
 
-	// Short makes a failing write store the first half of its bytes.
+	// Short makes a failing write store the first half of its bytes, in whole sectors.
 	Short bool
 	// Drop makes a failing sync lose all pages that were not durable, as
 	// kernels do that mark a page clean after a write-back error: the file
