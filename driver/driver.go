@@ -39,9 +39,12 @@ type Options struct {
 // driverName is a domain name as CSI wants it: at most 63 bytes.
 var driverName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?$`)
 
+// ValidName reports whether name can be the name of a CSI driver.
+func ValidName(name string) bool { return driverName.MatchString(name) }
+
 func (o Options) validate() error {
 	var errs []error
-	if !driverName.MatchString(o.Name) {
+	if !ValidName(o.Name) {
 		errs = append(errs, fmt.Errorf("driver name %q: want a domain name of at most 63 characters", o.Name))
 	}
 	if o.NodeID == "" || len(o.NodeID) > maxNodeIDBytes {

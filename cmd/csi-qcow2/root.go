@@ -79,6 +79,7 @@ func newRootCommand() *cobra.Command {
 		newDemoCommand(),
 		newImgCommand(),
 		newNBDCommand(),
+		newNodeCommand(),
 		newVersionCommand(),
 	)
 	return root

@@ -1,0 +1,141 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"csi-qcow2/cache"
+	"csi-qcow2/driver"
+	"csi-qcow2/nbdexport"
+	"csi-qcow2/volume"
+)
+
+func newNodeCommand() *cobra.Command {
+	f := defaultNodeFlags()
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "Serve CSI for the volumes of this node",
+		Long: `Serve the whole Container Storage Interface for the volumes of this node: it owns
+the pools, the images, the cache and the devices. It must run as root.
+
+SIGTERM ends it: it refuses new calls, finishes those under way, flushes the
+images and removes its socket.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.validate(); err != nil {
+				return usageErrorf("%v", err)
+			}
+			return runNode(cmd.Context(), f)
+		},
+	}
+	f.add(cmd.Flags())
+	return cmd
+}
+
+// runNode serves until ctx ends.
+func runNode(ctx context.Context, f nodeFlags) (err error) {
+	setLogVerbosity(f.verbosity)
+	lock, err := lockRunDir(f.runDir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+
+	tables, err := cache.New(cache.Options{Bytes: f.cacheBytes})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, tables.Close()) }()
+
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer stop()
+	workers.Go(func() { _ = tables.Run(background) }) // its error is the end of background
+
+	pools := make(map[string]*volume.Pool)
+	defer func() {
+		for _, pool := range pools {
+			err = errors.Join(err, pool.Close())
+		}
+	}()
+	for _, p := range f.pools {
+		pool, err := volume.Open(ctx, p.dir, volume.Options{Cache: tables})
+		if err != nil {
+			return err
+		}
+		pools[p.name] = pool
+		workers.Go(func() { pool.Run(background) })
+	}
+	return serveNode(ctx, f, pools)
+}
+
+// serveNode runs the driver over open pools.
+func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool) (err error) {
+	attacher, err := nbdexport.NewAttacher(f.device, nbdexport.AttacherOptions{RunDir: f.runDir})
+	if err != nil {
+		return err
+	}
+	d, err := driver.New(ctx, driver.Options{
+		Name: f.driverName, Version: version, NodeID: f.nodeID, MaxVolumes: f.maxVolumes,
+		Pools: pools, Attacher: attacher, Host: driver.NewHost(), RunDir: f.runDir,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	path, err := driver.ParseEndpoint(f.endpoint)
+	if err != nil {
+		return err
+	}
+	l, err := driver.Listen(path)
+	if err != nil {
+		return err
+	}
+	klog.InfoS("serving", "endpoint", path, "driver", f.driverName, "nodeID", f.nodeID, "device", attacher.Kind(), "version", version)
+	err = d.Serve(ctx, l, f.drain)
+	klog.InfoS("stopped", "endpoint", path)
+	return err
+}
+
+// lockRunDir makes the run directory and takes its lock, which the kernel
+// drops when the process ends, however it does.
+func lockRunDir(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("run directory %q is in use by another process; stop it first, or give another --run-dir", dir)
+		}
+		return nil, fmt.Errorf("lock run directory %q: %w", dir, err)
+	}
+	return f, nil
+}
+
+// setLogVerbosity passes --verbosity to klog, which knows only flags.
+func setLogVerbosity(level int) {
+	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
+	klog.InitFlags(fs)
+	if err := fs.Set("v", strconv.Itoa(level)); err != nil {
+		panic(err) // a decimal number
+	}
+}
+
+const defaultDrain = 30 * time.Second
