@@ -172,8 +172,8 @@ type model struct {
 }
 
 type modelSnapshot struct {
-	id    string
-	bytes []byte
+	id, name string
+	bytes    []byte
 }
 
 // newModel builds the backing chain of c in a new directory and opens an
@@ -363,7 +363,7 @@ func (m *model) snapshot(o op) {
 	if s.DiskSize != int64(len(m.bytes)) {
 		m.t.Errorf("the snapshot has %d bytes, want %d", s.DiskSize, len(m.bytes))
 	}
-	m.snaps = append(m.snaps, modelSnapshot{s.ID, bytes.Clone(m.bytes)})
+	m.snaps = append(m.snaps, modelSnapshot{s.ID, s.Name, bytes.Clone(m.bytes)})
 }
 
 func (m *model) useSnapshot(kind string, i int) {
