@@ -1,0 +1,69 @@
+package cache
+
+import (
+	"sync"
+	"testing"
+)
+
+// TestLookupRacesReplacement replaces a way's key all the time. What a lookup
+// has pinned holds its key, and goes on holding it.
+func TestLookupRacesReplacement(t *testing.T) {
+	const wanted, other = 7, 8
+	var s set
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for k := uint64(wanted); ; k ^= wanted ^ other {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			s.mu.Lock()
+			if s.sealLocked(5) {
+				s.keys[5].Store(k)
+				s.unsealLocked(5, 0)
+			}
+			s.mu.Unlock()
+		}
+	})
+	found := 0
+	for range 1_000_000 {
+		w, ok := s.lookup(wanted)
+		if !ok {
+			continue
+		}
+		found++
+		if k := s.keys[w].Load(); w != 5 || k != wanted {
+			t.Errorf("lookup of %d found way %d with key %d", wanted, w, k)
+			break
+		}
+		s.unpin(w)
+	}
+	close(stop)
+	wg.Wait()
+	if found == 0 {
+		t.Error("the key was never found: the test shows nothing")
+	}
+}
+
+// TestEvictLooksAgain: a table that became dirty after the clock chose it stays.
+func TestEvictLooksAgain(t *testing.T) {
+	h := open(t, newCache(t, minBytes), newRecorder(0), HandleOptions{})
+	store(t, h, 0, 0, 0, 1)
+	s, n := h.c.set(h.seed, 0)
+	s.mu.Lock()
+	w, _ := s.findLocked(h.key(0))
+	if !s.sealLocked(w) {
+		t.Fatal("the way is pinned")
+	}
+	evicted := h.evict(slotIndex(n*ways + w))
+	s.unsealLocked(w, 0)
+	s.mu.Unlock()
+	if evicted {
+		t.Fatal("a dirty table was evicted")
+	}
+	if got := load(t, h, 0, 0); got != 1 {
+		t.Errorf("word = %d, want 1", got)
+	}
+}
