@@ -172,6 +172,14 @@ func mustClose(t testing.TB, c io.Closer) {
 	}
 }
 
+// wantErrorIs fails the test unless err is target.
+func wantErrorIs(t testing.TB, err, target error) {
+	t.Helper()
+	if !errors.Is(err, target) {
+		t.Errorf("got error %v, want %v", err, target)
+	}
+}
+
 // newDisk returns a simulated host file with a new image.
 func newDisk(t testing.TB, size int64, o qcow2.CreateOptions) *storagetest.Disk {
 	t.Helper()
