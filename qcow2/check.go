@@ -61,6 +61,7 @@ type checker struct {
 	o   CheckOptions
 	res CheckResult
 
+	shifts        []uint // where the refcounts of a word lie, in the order of their clusters
 	fileBytes     int64
 	fileClusters  hostCluster // clusters that the file has; refcounts beyond are not compared
 	reftable      []uint64    // entries of the refcount table
@@ -147,6 +148,10 @@ func (c *checker) load() (err error) {
 	c.fileClusters = hostCluster(c.g.clusters(c.fileBytes))
 	c.res.TotalClusters = c.g.clusters(int64(c.h.size))
 	c.counts = newRefCounts(&c.g)
+	for i := range 64 / int(c.g.refcountBits) {
+		_, shift := c.g.refcountWord(i)
+		c.shifts = append(c.shifts, shift)
+	}
 	c.zeroed = map[HostOffset]bool{}
 	c.sharedBlocks = map[hostCluster]bool{}
 	c.blocks = blockCache{}

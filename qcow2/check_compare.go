@@ -118,28 +118,24 @@ func (c *checker) compareChunk(from, to hostCluster, b []byte, fn func(k hostClu
 	if ch == nil && len(bytes.TrimLeft(b, "\x00")) == 0 {
 		return nil
 	}
-	var word uint64
-	loaded := -1
-	for k := from; k < to; k++ {
-		i, shift := c.g.refcountWord(int(k - from))
-		if i != loaded {
-			word, loaded = loadWord(b, i), i
-		}
-		stored := c.g.getRefcount(word, shift)
-		var v counter
-		if ch != nil {
-			v = ch.get(int(k % chunkClusters))
-		}
-		if stored == 0 && v == 0 {
-			continue
-		}
-		// The common case: one reference, with the right flags, of one kind.
-		if stored == 1 && (v == 1|seenCopied|seenData || v == 1|seenMeta) {
-			c.highest = k
-			continue
-		}
-		if err := c.compareCluster(k, stored, v, fn); err != nil {
-			return err
+	for k, i := from, 0; k < to; i++ {
+		word := loadWord(b, i)
+		for _, shift := range c.shifts[:min(len(c.shifts), int(to-k))] {
+			stored := c.g.getRefcount(word, shift)
+			var v counter
+			if ch != nil {
+				v = ch.get(int(k % chunkClusters))
+			}
+			k++
+			switch {
+			case stored == 0 && v == 0:
+			case stored == 1 && (v == 1|seenCopied|seenData || v == 1|seenMeta): // the common case
+				c.highest = k - 1
+			default:
+				if err := c.compareCluster(k-1, stored, v, fn); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	return nil

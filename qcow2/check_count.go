@@ -18,7 +18,6 @@ type refCounts struct {
 	last      *countChunk            // the chunk used last
 	max       uint64                 // refcounts of the image go no higher
 	fastMax   counter                // counts below it can be raised in place
-	highest   hostCluster            // the highest cluster that was counted
 }
 
 // A counter is what is known of one host cluster.
@@ -67,8 +66,19 @@ func newRefCounts(g *geometry) *refCounts {
 // add counts one more reference to c of the kinds that flags say. It reports
 // false, and keeps the count, if the image cannot record a higher one.
 func (r *refCounts) add(c hostCluster, flags counter) bool {
-	r.highest = max(r.highest, c)
-	p := r.slot(c)
+	// The common case: the same chunk as before, with all its counters.
+	if r.last == nil || r.last.all == nil || uint64(c)>>chunkBits != r.lastIndex {
+		return r.addTo(r.slot(c), c, flags)
+	}
+	p := &r.last.all[c%chunkClusters]
+	if *p&countMask >= r.fastMax {
+		return r.addTo(p, c, flags)
+	}
+	*p = (*p | flags) + 1
+	return true
+}
+
+func (r *refCounts) addTo(p *counter, c hostCluster, flags counter) bool {
 	*p |= flags
 	if *p&countMask < r.fastMax {
 		*p++
@@ -113,6 +123,20 @@ func (r *refCounts) shared(c hostCluster, v counter) bool {
 
 // references returns the references to c.
 func (r *refCounts) references(c hostCluster) uint64 { return r.count(c, r.get(c)) }
+
+// highest returns the highest cluster with a counter, 0 if there is none.
+func (r *refCounts) highest() hostCluster {
+	chunk := uint64(len(r.near))
+	for i := range r.far {
+		chunk = max(chunk, i+1)
+	}
+	for ; chunk > 0; chunk-- {
+		if ch := r.chunk(chunk - 1); ch != nil {
+			return hostCluster(chunk-1)<<chunkBits | hostCluster(ch.highest())
+		}
+	}
+	return 0
+}
 
 // get returns the counter of c.
 func (r *refCounts) get(c hostCluster) counter {
@@ -226,6 +250,18 @@ func (ch *countChunk) slot(i uint16) *counter {
 	}
 	ch.list = nil
 	return &ch.all[i]
+}
+
+// highest returns the highest index with a counter.
+func (ch *countChunk) highest() int {
+	if ch.all == nil {
+		return int(ch.list[len(ch.list)-1].index)
+	}
+	i := chunkClusters - 1
+	for i > 0 && ch.all[i] == 0 {
+		i--
+	}
+	return i
 }
 
 func (ch *countChunk) each(fn func(i int, v counter) error) error {

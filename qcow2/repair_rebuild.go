@@ -88,7 +88,7 @@ func (c *checker) planStructure() (*newStructure, error) {
 		return nil, err
 	}
 	// Behind the old structure too: it is in use until the header is switched.
-	s := &newStructure{first: max(highest, c.counts.highest) + 1}
+	s := &newStructure{first: max(highest, c.counts.highest()) + 1}
 	for end := s.first; s.end < end || s.end == 0; {
 		s.end = end
 		last, _ := c.g.refblockIndex(end)

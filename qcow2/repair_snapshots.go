@@ -15,7 +15,7 @@ func (c *checker) repairSnapshotTable() error {
 		return nil
 	}
 	table := encodeSnapshotTable(c.snapshots)
-	first := c.counts.highest + 1
+	first := c.counts.highest() + 1
 	end := first + hostCluster(c.g.clusters(int64(len(table))))
 	if err := c.checkUnused(first, end); err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 )
 
 // A snapshotRecord is an entry of the snapshot table.
@@ -64,7 +65,7 @@ func readSnapshotTableSize(f File, h *header) ([]snapshotRecord, int64, error) {
 		return nil, 0, nil
 	}
 	base := int64(h.snapshotsOffset) // below 2^56: header.validate
-	r := &snapshotReader{r: bufio.NewReaderSize(io.NewSectionReader(f, base, maxSnapshotTable+1), 64<<10), base: h.snapshotsOffset}
+	r := &snapshotReader{r: bufio.NewReaderSize(io.NewSectionReader(f, base, math.MaxInt64-base), 64<<10), base: h.snapshotsOffset}
 	var records []snapshotRecord
 	for range h.nbSnapshots {
 		s := r.next()
@@ -123,7 +124,9 @@ func (r *snapshotReader) next() snapshotRecord {
 	}
 	s.id = string(r.bytes(int(be.Uint16(b[12:])), start))
 	s.name = string(r.bytes(int(be.Uint16(b[14:])), start))
-	r.bytes(int(-r.read&7), start)
+	if r.err == nil {
+		r.skip(int(-r.read & 7))
+	}
 	if r.err == nil && r.read > maxSnapshotTable {
 		r.err = corruptf("snapshot table", r.base, "more than %d bytes long", maxSnapshotTable)
 	}
@@ -145,6 +148,15 @@ func (r *snapshotReader) bytes(n int, start HostOffset) []byte {
 	}
 	r.read += int64(n)
 	return b
+}
+
+// skip passes over n bytes of padding, which QEMU does not write at the end of
+// a table: the file may end before them.
+func (r *snapshotReader) skip(n int) {
+	if _, err := r.r.Discard(n); err != nil && !errors.Is(err, io.EOF) {
+		r.err = fmt.Errorf("qcow2: snapshot table: %w", err)
+	}
+	r.read += int64(n)
 }
 
 // encodeSnapshotTable returns the table of records: each padded to a multiple
