@@ -59,6 +59,7 @@ type Image struct {
 	backing Disk // nil if none
 	handle  *cache.Handle
 	own     *cache.Cache // the private cache, nil if shared
+	serial  uint64       // grows with every image that is opened: the order of locking several
 
 	size    atomic.Int64 // virtual size, bytes
 	l1      atomic.Pointer[l1Table]

@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"csi-qcow2/cache"
 )
+
+// lastSerial is the serial of the image that was opened last.
+var lastSerial atomic.Uint64
 
 // Open opens the image in f. On success the image owns f and Close closes it.
 //
@@ -27,7 +31,7 @@ func Open(ctx context.Context, f File, opts Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs()}
+	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs(), serial: lastSerial.Add(1)}
 	if named, ok := f.(interface{ Name() string }); ok {
 		im.name = named.Name()
 	}

@@ -98,7 +98,7 @@ func (im *Image) growL1(size int64) error {
 // writeL1 writes entries as a new table and makes everything stored so far durable.
 func (im *Image) writeL1(entries []uint64) (hostCluster, error) {
 	g := &im.geo
-	clusters := max(g.clusters(int64(len(entries))*entryBytes), 1)
+	clusters := g.clusters(int64(len(entries)) * entryBytes)
 	first, err := im.allocTable(clusters)
 	if err != nil {
 		return 0, err

@@ -130,21 +130,28 @@ func (im *Image) readSnapshotL1(r *snapshotRecord) ([]uint64, error) {
 
 // whileDirty runs change with the dirty bit set in the file (E7): refcounts and
 // COPIED flags pass through states that only a repair explains. If change fails
-// and did not put everything back, the bit stays, and the next opener repairs
-// the image.
+// the bit stays, and the next opener repairs the image.
 //
 // Preconditions: im.structural is held.
-func (im *Image) whileDirty(change func() (undone bool, err error)) error {
+func (im *Image) whileDirty(change func() error) error {
 	if err := im.setIncompatible(incompatDirty, true); err != nil {
 		return err
 	}
-	undone, err := change()
-	if err != nil && !undone {
+	err := change()
+	return errors.Join(err, im.endDirty(err == nil))
+}
+
+// endDirty makes what was changed durable and clears the dirty bit, unless this
+// or an earlier change was left half done.
+func (im *Image) endDirty(whole bool) error {
+	if !whole {
 		im.unclean = true
+	}
+	if im.unclean {
+		return nil
+	}
+	if err := im.handle.WriteBack(); err != nil {
 		return err
 	}
-	if werr := im.handle.WriteBack(); werr != nil || im.unclean {
-		return errors.Join(err, werr)
-	}
-	return errors.Join(err, im.setIncompatible(incompatDirty, false))
+	return im.setIncompatible(incompatDirty, false)
 }

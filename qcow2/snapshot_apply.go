@@ -44,7 +44,7 @@ func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
 	if err := im.settle(); err != nil {
 		return err
 	}
-	err = im.whileDirty(func() (undone bool, err error) { return false, im.replaceState(ctx, entries, size) })
+	err = im.whileDirty(func() error { return im.replaceState(ctx, entries, size) })
 	if err != nil {
 		return fmt.Errorf("qcow2: apply snapshot %q: %w", id, err)
 	}

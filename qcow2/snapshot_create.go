@@ -1,8 +1,11 @@
 package qcow2
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -25,31 +28,123 @@ import (
 // makes the next opener repair them. Errors before it are undone the same way
 // as the sweep went.
 func (im *Image) CreateSnapshot(ctx context.Context, s Snapshot) (Snapshot, error) {
-	im.structural.Lock()
-	defer im.structural.Unlock()
-	if err := im.writable(); err != nil {
-		return Snapshot{}, err
-	}
-	if err := im.admitSnapshot(&s); err != nil {
-		return Snapshot{}, err
-	}
-	var record snapshotRecord
-	err := im.whileDirty(func() (undone bool, err error) {
-		cut := im.makeCut()
-		record = newRecord(s, cut.size)
-		if err = im.sweepAll(ctx, cut); err == nil {
-			err = im.commitSnapshot(cut, record)
-		}
-		if err != nil && im.failed() == nil {
-			undone = im.undoCut(context.WithoutCancel(ctx), cut) == nil
-		}
-		im.cut.Store(nil)
-		return undone, err
-	})
+	taken, err := CreateSnapshots(ctx, []SnapshotRequest{{im, s}})
 	if err != nil {
-		return Snapshot{}, fmt.Errorf("qcow2: create snapshot %q: %w", s.Name, err)
+		return Snapshot{}, err
 	}
-	return record.public(int64(record.diskSize)), nil
+	return taken[0], nil
+}
+
+// A SnapshotRequest asks for a snapshot of an image.
+type SnapshotRequest struct {
+	Image    *Image
+	Snapshot Snapshot
+}
+
+// CreateSnapshots takes a snapshot of each of several images, as CreateSnapshot
+// does, at one point in time: a write that is in one of them was issued before
+// every write that is in none. All or none exist when it returns; after a crash
+// in between, some may. No image may occur twice.
+func CreateSnapshots(ctx context.Context, requests []SnapshotRequest) ([]Snapshot, error) {
+	members := make([]*member, len(requests))
+	for i, r := range requests {
+		members[i] = &member{im: r.Image, request: r.Snapshot}
+	}
+	unlock := lockStructural(members)
+	defer unlock()
+	for _, m := range members {
+		if err := m.im.writable(); err != nil {
+			return nil, m.explain(err)
+		}
+		if err := m.im.admitSnapshot(&m.request); err != nil {
+			return nil, m.explain(err)
+		}
+	}
+	err := takeAll(ctx, members)
+	taken := make([]Snapshot, len(members))
+	for i, m := range members {
+		err = errors.Join(err, m.finish(context.WithoutCancel(ctx), err))
+		taken[i] = m.record.public(int64(m.record.diskSize))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return taken, nil
+}
+
+// A member is an image of which a snapshot is being taken.
+type member struct {
+	im        *Image
+	request   Snapshot
+	record    snapshotRecord
+	dirty     bool // the dirty bit is set
+	cut       *cut
+	committed bool
+}
+
+// lockStructural locks the images of members in an order that all groups share.
+func lockStructural(members []*member) (unlock func()) {
+	ordered := slices.Clone(members)
+	slices.SortFunc(ordered, func(a, b *member) int { return cmp.Compare(a.im.serial, b.im.serial) })
+	for _, m := range ordered {
+		m.im.structural.Lock()
+	}
+	return func() {
+		for _, m := range ordered {
+			m.im.structural.Unlock()
+		}
+	}
+}
+
+// takeAll cuts, sweeps and commits; what it leaves half done after an error,
+// finish undoes.
+func takeAll(ctx context.Context, members []*member) error {
+	for _, m := range members {
+		m.dirty = true
+		if err := m.im.setIncompatible(incompatDirty, true); err != nil {
+			return m.explain(err)
+		}
+	}
+	cutAll(members)
+	for _, m := range members {
+		if err := m.im.sweepAll(ctx, m.cut); err != nil {
+			return m.explain(err)
+		}
+	}
+	for _, m := range members {
+		m.record = newRecord(m.request, m.cut.size)
+		if err := m.im.commitSnapshot(m.cut, &m.record); err != nil {
+			return m.explain(err)
+		}
+		m.committed = true
+	}
+	return nil
+}
+
+func (m *member) explain(err error) error {
+	return fmt.Errorf("qcow2: create snapshot %q: %w", m.request.Name, err)
+}
+
+// finish ends m's part of a group: the dirty bit goes if the snapshot was taken,
+// or if the group failed with err and m could be put back as it was.
+func (m *member) finish(ctx context.Context, err error) error {
+	if !m.dirty {
+		return nil
+	}
+	im := m.im
+	if err == nil {
+		im.cut.Store(nil)
+		return im.endDirty(true)
+	}
+	undone := im.failed() == nil
+	if undone && m.committed {
+		undone = im.removeRecord(m.record.id) == nil
+	}
+	if undone && m.cut != nil {
+		undone = im.undoCut(ctx, m.cut) == nil
+	}
+	im.cut.Store(nil)
+	return im.endDirty(undone)
 }
 
 // admitSnapshot checks that s can be added, and fills in what it leaves open.
@@ -105,12 +200,31 @@ const (
 	tableUndone             // the snapshot failed: leave it alone
 )
 
-// makeCut waits for the requests under way and cuts.
+// cutAll waits for the requests under way on all images, and cuts them all
+// while none can change any.
+//
+// Preconditions: members are locked by lockStructural, so that nobody else waits
+// for two gates.
+func cutAll(members []*member) {
+	for _, m := range members {
+		m.im.gate.Lock()
+	}
+	for _, m := range members {
+		m.cut = m.im.makeCut()
+	}
+	for _, m := range members {
+		m.im.gate.Unlock()
+	}
+}
+
+// makeCut cuts. Preconditions: the gate is held alone.
 func (im *Image) makeCut() *cut {
-	im.gate.Lock()
-	defer im.gate.Unlock()
 	l1 := im.l1.Load()
-	c := &cut{size: im.size.Load(), entries: l1.snapshot(), tables: make([]tableState, len(l1.entries))}
+	c := &cut{size: im.size.Load(), entries: l1.snapshot()}
+	if len(c.entries) == 0 { // a disk of no bytes; the snapshot's table has a place all the same
+		c.entries = []uint64{0}
+	}
+	c.tables = make([]tableState, len(c.entries))
 	for i := range l1.entries {
 		if e := l1.entries[i].Load(); e&entryCopied != 0 {
 			// The cache has the flag still; the sweep clears it there.
@@ -206,16 +320,16 @@ func (im *Image) clearCopied(table HostOffset, slice int64, l2 []uint64) error {
 	return nil
 }
 
-// commitSnapshot makes the snapshot of c part of the snapshot table.
-func (im *Image) commitSnapshot(c *cut, record snapshotRecord) error {
+// commitSnapshot makes the snapshot of c part of the snapshot table, as record.
+func (im *Image) commitSnapshot(c *cut, record *snapshotRecord) error {
 	first, err := im.writeL1(c.entries) // makes the raised refcounts durable, too (E4)
 	if err != nil {
 		return err
 	}
 	record.l1Offset, record.l1Size = im.geo.hostOffset(first), uint32(len(c.entries))
-	err = im.switchSnapshots(append(append([]snapshotRecord(nil), im.snapshots()...), record))
+	err = im.switchSnapshots(append(append([]snapshotRecord(nil), im.snapshots()...), *record))
 	if err != nil && im.failed() == nil {
-		im.free(first, max(im.geo.clusters(int64(len(c.entries))*entryBytes), 1))
+		im.free(first, im.geo.clusters(int64(len(c.entries))*entryBytes))
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"fmt"
+	"slices"
 )
 
 // DeleteSnapshot removes the internal snapshot id (an ID, or else a name). The
@@ -27,26 +28,37 @@ func (im *Image) DeleteSnapshot(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	rest := append(append([]snapshotRecord(nil), records[:at]...), records[at+1:]...)
 	// What is committed is finished: a caller that leaves does not stop it.
 	ctx = context.WithoutCancel(ctx)
-	err = im.whileDirty(func() (undone bool, err error) {
-		if err := im.switchSnapshots(rest); err != nil {
-			return false, err
+	err = im.whileDirty(func() error {
+		if err := im.removeRecord(record.id); err != nil {
+			return err
 		}
 		if err := im.lowerTree(entries); err != nil {
-			return false, err
+			return err
 		}
-		clusters := im.geo.clusters(int64(record.l1Size) * entryBytes)
-		if err := im.reclaimRun(quarantined{run: run{im.geo.hostCluster(record.l1Offset), clusters}, table: true}); err != nil {
-			return false, err
-		}
-		return false, im.fixCopied(ctx)
+		return im.fixCopied(ctx)
 	})
 	if err != nil {
 		return fmt.Errorf("qcow2: delete snapshot %q: %w", id, err)
 	}
 	return nil
+}
+
+// removeRecord takes the snapshot with this ID out of the snapshot table,
+// durably, and frees its L1 table; what that reaches stays counted.
+func (im *Image) removeRecord(id string) error {
+	records := im.snapshots()
+	at, err := findSnapshot(records, id)
+	if err != nil {
+		return err
+	}
+	r := &records[at]
+	if err := im.switchSnapshots(slices.Delete(slices.Clone(records), at, at+1)); err != nil {
+		return err
+	}
+	clusters := im.geo.clusters(int64(r.l1Size) * entryBytes)
+	return im.reclaimRun(quarantined{run: run{im.geo.hostCluster(r.l1Offset), clusters}, table: true})
 }
 
 // lowerTree lowers the refcounts of all that entries, an L1 table, reach. What
