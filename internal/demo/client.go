@@ -9,6 +9,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
@@ -27,7 +28,10 @@ type client struct {
 }
 
 func dial(s stage) (*client, error) {
-	conn, err := grpc.NewClient("unix://"+s.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+s.socket(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// The socket appears within milliseconds of the agent's start.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second}}))
 	if err != nil {
 		return nil, err
 	}
@@ -164,8 +168,9 @@ func (c *client) unmount(ctx context.Context, id string) error {
 	return nil
 }
 
-// expand grows v to bytes bytes while it is published.
-func (c *client) expand(ctx context.Context, v *volume, bytes int64) error {
+// expand grows v to bytes bytes while it is published. Without itsFilesystem
+// it leaves that for the next mount.
+func (c *client) expand(ctx context.Context, v *volume, bytes int64, itsFilesystem bool) error {
 	var needNode bool
 	size := &csi.CapacityRange{RequiredBytes: bytes}
 	err := call(ctx, "ControllerExpandVolume", func(ctx context.Context) error {
@@ -175,7 +180,7 @@ func (c *client) expand(ctx context.Context, v *volume, bytes int64) error {
 		v.bytes, needNode = response.GetCapacityBytes(), response.GetNodeExpansionRequired()
 		return err
 	})
-	if err != nil || !needNode {
+	if err != nil || !needNode || !itsFilesystem {
 		return err
 	}
 	return call(ctx, "NodeExpandVolume", func(ctx context.Context) error {

@@ -216,12 +216,39 @@ func (l *life) readWithQEMU(ctx context.Context) (err error) {
 }
 
 // expand grows the source while a writer works in it.
-func (l *life) expand(ctx context.Context) (err error) {
+func (l *life) expand(ctx context.Context) error {
 	target := l.stage.target(l.source.id)
 	before, _, err := capacity(target)
 	if err != nil {
 		return err
 	}
+	online := l.fs != "ext4" || mayResizeExt4()
+	if err := l.expandInUse(ctx, target, online); err != nil {
+		return err
+	}
+	how := "while in use"
+	if !online {
+		how = "when mounted again: this machine denies CAP_SYS_RESOURCE"
+		if err := l.client.unmount(ctx, l.source.id); err != nil {
+			return err
+		}
+		if _, err := l.client.mount(ctx, l.source); err != nil {
+			return err
+		}
+	}
+	after, _, err := capacity(target)
+	if err != nil {
+		return err
+	}
+	l.print.detail(l.fs, "%s before, %s now, grown %s", size(before), size(after), how)
+	if err := l.hold(after > expandedBytes*9/10, "the filesystem has nearly %s, it has %s", size(expandedBytes), size(after)); err != nil {
+		return err
+	}
+	return l.compare(ctx, treeDir(target), l.changed)
+}
+
+// expandInUse makes the CSI calls between two writes of a writer.
+func (l *life) expandInUse(ctx context.Context, target string, itsFilesystem bool) (err error) {
 	w, err := startWriter(filepath.Join(target, "expanding"))
 	if err != nil {
 		return err
@@ -230,19 +257,8 @@ func (l *life) expand(ctx context.Context) (err error) {
 	if err := w.wait(ctx, 5); err != nil {
 		return err
 	}
-	if err := l.client.expand(ctx, l.source, expandedBytes); err != nil {
+	if err := l.client.expand(ctx, l.source, expandedBytes, itsFilesystem); err != nil {
 		return err
 	}
-	if err := w.wait(ctx, w.count()+5); err != nil {
-		return err
-	}
-	after, _, err := capacity(target)
-	if err != nil {
-		return err
-	}
-	l.print.detail(l.fs, "%s before, %s now", size(before), size(after))
-	if err := l.hold(after > expandedBytes*9/10, "the filesystem has nearly %s, it has %s", size(expandedBytes), size(after)); err != nil {
-		return err
-	}
-	return l.compare(ctx, treeDir(target), l.changed)
+	return w.wait(ctx, w.count()+5)
 }

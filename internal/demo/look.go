@@ -14,7 +14,7 @@ import (
 
 // deviceOf returns the block device of a mounted filesystem or of a block
 // device node, and what the device stands on, in words.
-func (s stage) deviceOf(path string) (device, stands string, err error) {
+func deviceOf(path string) (device, stands string, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return "", "", &os.PathError{Op: "stat", Path: path, Err: err}
@@ -28,11 +28,11 @@ func (s stage) deviceOf(path string) (device, stands string, err error) {
 		return "", "", err
 	}
 	name := filepath.Base(link)
-	if file, err := os.ReadFile("/sys/block/" + name + "/loop/backing_file"); err == nil {
-		return "/dev/" + name, "a loop device on the FUSE file " + s.rel(strings.TrimSpace(string(file))), nil
+	if _, err := os.Stat("/sys/block/" + name + "/loop/backing_file"); err == nil {
+		return "/dev/" + name, "a loop device on a file that the agent serves by FUSE", nil
 	}
-	if backend, err := os.ReadFile("/sys/block/" + name + "/backend"); err == nil {
-		return "/dev/" + name, "the kernel's nbd, connected to " + strings.TrimSpace(string(backend)), nil
+	if _, err := os.Stat("/sys/block/" + name + "/pid"); err == nil && strings.HasPrefix(name, "nbd") {
+		return "/dev/" + name, "the kernel's nbd, connected to the agent", nil
 	}
 	return "/dev/" + name, "", nil
 }
@@ -45,6 +45,17 @@ func capacity(path string) (total, available int64, err error) {
 		return 0, 0, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
 	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
+}
+
+// mayResizeExt4 reports whether the kernel lets this process, and so the agent
+// that it starts, grow a mounted ext4. Some virtual machines do not.
+func mayResizeExt4() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return false
+	}
+	return data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
 }
 
 // onHost returns how many bytes of the host a file takes.

@@ -113,7 +113,7 @@ func (d *demo) mount(ctx context.Context, v *volume) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	device, stands, err := d.stage.deviceOf(target)
+	device, stands, err := deviceOf(target)
 	if err != nil {
 		return "", err
 	}

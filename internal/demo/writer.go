@@ -70,15 +70,7 @@ func (w *writer) run() {
 
 // write makes a file with content, durable with its name.
 func (w *writer) write(path string, content []byte) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := f.Write(content); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
+	if err := writeSynced(path, content); err != nil {
 		return err
 	}
 	dir, err := os.Open(w.dir)

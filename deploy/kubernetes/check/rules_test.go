@@ -232,7 +232,7 @@ var rules = []rule{
 			m := c.mount(c.agent, "pool")
 			return errors.Join(
 				hold(m.MountPath == c.volume("pool").HostPath.Path, "it is mounted at %q", m.MountPath),
-				hold(flag(c.agent, "pool") == m.MountPath, "the driver takes %q", flag(c.agent, "pool")),
+				hold(flag(c.agent, "pool") == "default="+m.MountPath, "the driver takes %q", flag(c.agent, "pool")),
 			)
 		},
 		func(c *cluster) { c.mount(c.agent, "pool").MountPath = "/pool" },
