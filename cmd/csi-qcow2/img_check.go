@@ -164,7 +164,7 @@ func checkText(r qcow2.CheckResult) string {
 
 // checkObject returns a result for JSON output: counts of zero are left out.
 func checkObject(name string, r qcow2.CheckResult) map[string]any {
-	o := map[string]any{"filename": name, "format": "qcow2", "check-errors": r.CheckErrors}
+	o := map[string]any{"filename": strings.TrimPrefix(name, "file:"), "format": "qcow2", "check-errors": r.CheckErrors}
 	for key, n := range map[string]int64{
 		"image-end-offset":    r.ImageEndOffset,
 		"corruptions":         int64(r.Corruptions),

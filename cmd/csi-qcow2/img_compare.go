@@ -80,15 +80,15 @@ func (c *imgContext) compare(names []string, formats [2]string, cacheMode string
 	}
 	bar := newImgProgress(c.stdout, progress, max(a.Size(), b.Size()))
 	defer bar.end()
-	if a.Size() != b.Size() && !strict {
-		say("Warning: Image size mismatch!")
-	}
 	d, err := convert.Compare(c, a, b, convert.CompareOptions{Strict: strict, Progress: bar.update})
 	if err != nil {
 		return imgErrorf("%s", imgText(err))
 	}
 	if d.Kind == convert.Equal {
 		bar.update(bar.total)
+	}
+	if a.Size() != b.Size() && !strict && (d.Kind == convert.Equal || d.Off >= min(a.Size(), b.Size())) {
+		say("Warning: Image size mismatch!")
 	}
 	switch d.Kind {
 	case convert.ContentDiffer:

@@ -133,9 +133,6 @@ func (t *imgTarget) prepare(c *imgContext, size int64, unchecked bool) error {
 	if backing == t.name && backing != "" {
 		return imgErrorf("Error: Trying to create an image with the same filename as the backing file")
 	}
-	if format != "" && format != "qcow2" && format != "raw" {
-		return imgErrorf("Unknown backing file format '%s'", format)
-	}
 	if backing != "" && !unchecked {
 		backingSize, probed, err := t.backingSize(c, backing, format)
 		if err != nil {
@@ -211,8 +208,10 @@ func (t *imgTarget) createOptions() (qcow2.CreateOptions, error) {
 	}
 	o.RefcountBits = bits
 	switch {
+	case o.BackingFormat != "" && o.BackingFormat != "qcow2" && o.BackingFormat != "raw":
+		return o, imgErrorf("Parameter 'backing-fmt' does not accept value '%s'", o.BackingFormat)
 	case o.BackingFile != "" && o.Preallocation != qcow2.PreallocationOff:
-		return o, imgErrorf("Backing file and preallocation can only be used at the same time if extended_l2 is enabled")
+		return o, imgErrorf("Backing file and preallocation can only be used at the same time if extended_l2 is on")
 	case o.BackingFile == "" && o.BackingFormat != "":
 		return o, imgErrorf("Backing format cannot be used without backing file")
 	case o.Version == 2 && o.CompressionType != "zlib":

@@ -111,7 +111,7 @@ func (c *imgContext) imageInfo(name, format string, share bool) (info imageInfo,
 		return info, err
 	}
 	defer closeImage(disk, &err)
-	info = imageInfo{name: name, format: opened.Format, size: disk.Size()}
+	info = imageInfo{name: strings.TrimPrefix(name, "file:"), format: opened.Format, size: disk.Size()}
 	if path := imagefile.HostPath(name); path != "" {
 		if info.hostBytes, err = hostBytes(path); err != nil {
 			return info, err

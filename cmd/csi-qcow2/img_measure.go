@@ -120,7 +120,8 @@ func (m *measurement) source(c *imgContext, v *imgConversion, name string, t *im
 // reckon computes what the target needs.
 func (m *measurement) reckon(t *imgTarget) error {
 	if t.params.format == "raw" {
-		m.required, m.fullAllocated, m.bitmaps = m.size, m.size, false
+		size := (m.size + 511) &^ 511
+		m.required, m.fullAllocated, m.bitmaps = size, size, false
 		return nil
 	}
 	o, err := t.createOptions()
