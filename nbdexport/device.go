@@ -13,6 +13,10 @@ var (
 	// device-mapper table, a process. Nothing was torn down; release it and try again.
 	ErrDeviceBusy = errors.New("nbdexport: device is in use")
 
+	// ErrNotFlushed reports that a device was removed, but that what was written to it
+	// since the last flush may be lost: its write back or the backend's flush failed.
+	ErrNotFlushed = errors.New("nbdexport: last writes to the device are lost")
+
 	// ErrDeviceGone reports that the kernel device is not ours any more: it was
 	// disconnected, or its index or backing file now belongs to something else.
 	ErrDeviceGone = errors.New("nbdexport: device is gone")
@@ -35,9 +39,9 @@ const (
 // DeviceOptions says how a backend appears as a block device.
 type DeviceOptions struct {
 	// ID names the device for as long as it lives, unique among the devices of the node:
-	// the volume ID and the attach generation. It is the nbd driver's backend identifier,
-	// the name of the FUSE mount directory, and how a later process finds the device again
-	// (see [Attacher.Stale]). 1 to 128 characters of [A-Za-z0-9._-], not starting with a dot.
+	// the volume ID and the attach generation. With a tag of the run-dir behind it, it is the
+	// nbd driver's backend identifier or the name of the FUSE file, and so how a later process
+	// finds the device again (see [Attacher.Stale]). 1 to 128 characters of [A-Za-z0-9._-], not starting with a dot.
 	ID string
 
 	// ReadOnly makes the kernel refuse writes.
@@ -74,8 +78,9 @@ type Device interface {
 
 	// Detach writes back what the kernel holds for the device, flushes the backend, and removes the
 	// device and all that belongs to it. It waits for openers until ctx ends, at most
-	// [detachWait], then returns ErrDeviceBusy with the device still served. After nil the backend gets no more calls;
-	// closing it is the caller's. Detaching a detached device is nil.
+	// [detachWait], then returns ErrDeviceBusy with the device still served. After nil or
+	// ErrNotFlushed the device is gone and the backend gets no more calls; closing it is the
+	// caller's. Detaching a detached device is nil.
 	Detach(ctx context.Context) error
 
 	// Health is nil while requests can be served: the kernel device exists, is ours, and its server is connected.
@@ -89,10 +94,6 @@ type AttacherOptions struct {
 	// reboot, such as /run/csi-qcow2. FUSE mounts live under RunDir/fuse. Two processes that
 	// serve at once have different ones. It must be absolute; it is created when absent.
 	RunDir string
-
-	// NBDPrefix is put before DeviceOptions.ID to form the nbd backend identifier, so that the
-	// devices of other nbd users are never taken for ours. Empty means "csi-qcow2:".
-	NBDPrefix string
 }
 
 // A StaleDevice is a kernel device that a dead predecessor of this process left behind.

@@ -1,0 +1,196 @@
+package nbdexport
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+)
+
+// detachWait bounds how long Detach and Clean wait for the last opener of a device: udev and
+// blkid look at a device for some milliseconds after every change of it.
+const detachWait = 10 * time.Second
+
+// An attachDriver makes devices of one kind.
+type attachDriver interface {
+	attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error)
+	// stale lists the devices of this run-dir that no process serves. live holds the IDs that this process serves.
+	stale(ctx context.Context, live map[string]bool) ([]StaleDevice, error)
+}
+
+// Attacher makes kernel block devices out of backends. Its methods may be called at once.
+type Attacher struct {
+	kind   string
+	driver attachDriver
+
+	mu     sync.Mutex
+	live   map[string]*attached // by DeviceOptions.ID; guarded by mu
+	closed bool                 // guarded by mu
+}
+
+// attached is a device in the attacher's table; it leaves the table when Detach succeeds.
+type attached struct {
+	Device
+	a  *Attacher
+	id string
+}
+
+// deviceNames makes the name under which the kernel shows a device, ID@tag. The tag is of the
+// run-dir, so that a process takes no device of another one for its own.
+type deviceNames struct{ suffix string }
+
+func newDeviceNames(runDir string) deviceNames {
+	sum := sha256.Sum256([]byte(runDir))
+	return deviceNames{suffix: "@" + hex.EncodeToString(sum[:4])}
+}
+
+// name is the name of the device with an ID.
+func (n deviceNames) name(id string) string { return id + n.suffix }
+
+// id is the ID of the device with a name, when it is one of this run-dir's.
+func (n deviceNames) id(name string) (string, bool) { return strings.CutSuffix(name, n.suffix) }
+
+// loadModule asks for a kernel module. It is a try: the driver may be built in, or modprobe or the
+// modules may not be there; whether the driver works is seen by using it.
+func loadModule(name string) {
+	if path, err := exec.LookPath("modprobe"); err == nil {
+		_ = exec.Command(path, "-q", name).Run()
+	}
+}
+
+// NewAttacher returns an Attacher for devices of a kind: KindAuto, KindNBD or KindFUSE. It
+// returns ErrNoDeviceKind when the kernel cannot make such a device, saying what is missing.
+func NewAttacher(kind string, o AttacherOptions) (*Attacher, error) {
+	if !filepath.IsAbs(o.RunDir) {
+		return nil, fmt.Errorf("nbdexport: run directory %q: want an absolute path", o.RunDir)
+	}
+	o.RunDir = filepath.Clean(o.RunDir)
+	names := newDeviceNames(o.RunDir)
+	a := &Attacher{kind: kind, live: make(map[string]*attached)}
+	var err error
+	switch kind {
+	case KindNBD:
+		a.driver, err = newNBDDriver(names)
+	case KindFUSE:
+		a.driver, err = newFUSEDriver(o.RunDir, names)
+	case KindAuto:
+		var nbdErr error
+		a.kind = KindNBD
+		a.driver, nbdErr = newNBDDriver(names)
+		if nbdErr == nil {
+			break
+		}
+		a.kind = KindFUSE
+		if a.driver, err = newFUSEDriver(o.RunDir, names); err != nil {
+			err = errors.Join(nbdErr, err)
+		}
+	default:
+		err = fmt.Errorf("nbdexport: device kind %q: want %s, %s or %s", kind, KindAuto, KindNBD, KindFUSE)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Kind is the kind of device that a makes: KindNBD or KindFUSE.
+func (a *Attacher) Kind() string { return a.kind }
+
+// Attach makes a device of b and serves it until it is detached. b must not be closed before
+// that. When Attach returns, the device node exists and has b's size.
+//
+// Ending ctx gives up an attach that has not completed; it does not touch the device afterwards.
+func (a *Attacher) Attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error) {
+	o = o.withDefaults()
+	if err := o.validate(b.Size()); err != nil {
+		return nil, err
+	}
+	// The entry stands in the table before the device exists, so that no two attaches share
+	// an ID and Stale does not take a device in the making for a dead one.
+	d := &attached{a: a, id: o.ID}
+	a.mu.Lock()
+	switch {
+	case a.closed:
+		a.mu.Unlock()
+		return nil, errors.New("nbdexport: attacher is closed")
+	case a.live[o.ID] != nil:
+		a.mu.Unlock()
+		return nil, fmt.Errorf("nbdexport: device %q is attached already", o.ID)
+	}
+	a.live[o.ID] = d
+	a.mu.Unlock()
+
+	dev, err := a.driver.attach(ctx, b, o)
+	if err != nil {
+		a.forget(d)
+		return nil, fmt.Errorf("attach %q: %w", o.ID, err)
+	}
+	d.Device = dev
+	return d, nil
+}
+
+// Detach detaches the device and frees its ID.
+func (d *attached) Detach(ctx context.Context) error {
+	err := d.Device.Detach(ctx)
+	if err == nil || errors.Is(err, ErrNotFlushed) {
+		d.a.forget(d)
+	}
+	if err != nil {
+		return fmt.Errorf("detach %q: %w", d.id, err)
+	}
+	return nil
+}
+
+// forget takes d from the table, unless another device has its ID by now.
+func (a *Attacher) forget(d *attached) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.live[d.id] == d {
+		delete(a.live, d.id)
+	}
+}
+
+// Stale lists the devices that a dead predecessor with the same run-dir left: loop devices
+// over a dead FUSE mount, dead FUSE mounts without one, and nbd devices with our backend
+// identifiers. It reports what it found even when it returns an error as well.
+func (a *Attacher) Stale(ctx context.Context) ([]StaleDevice, error) {
+	a.mu.Lock()
+	live := make(map[string]bool, len(a.live))
+	for id := range a.live {
+		live[id] = true
+	}
+	a.mu.Unlock()
+	return a.driver.stale(ctx, live)
+}
+
+// Close refuses further attaches. It returns ErrDeviceBusy when devices are still attached;
+// they go on being served.
+func (a *Attacher) Close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed = true
+	if n := len(a.live); n > 0 {
+		return fmt.Errorf("close attacher: %d devices attached: %w", n, ErrDeviceBusy)
+	}
+	return nil
+}
+
+// checkResize checks whether the kernel may be told that d is size bytes long now.
+func checkResize(d Device, o DeviceOptions, b Backend, size int64) error {
+	if err := o.validateSize(size); err != nil {
+		return err
+	}
+	if size < d.Size() {
+		return fmt.Errorf("nbdexport: new size %d is smaller than %d", size, d.Size())
+	}
+	if size > b.Size() {
+		return fmt.Errorf("nbdexport: new size %d is beyond the end of the backend at %d", size, b.Size())
+	}
+	return d.Health()
+}

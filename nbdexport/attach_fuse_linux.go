@@ -1,0 +1,220 @@
+package nbdexport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// fuseDriver makes loop devices over FUSE files:
+//
+//	RunDir/fuse/<ID>/              the mount point, one per device
+//	RunDir/fuse/<ID>/<ID>@<tag>    the backend; the loop device's backing file
+//
+// A mount that was detached from the tree loses the directories above it in sysfs. So all that a
+// later process needs to find a device again is in the base name of
+// /sys/block/loopN/loop/backing_file.
+type fuseDriver struct {
+	dir   string // RunDir/fuse
+	names deviceNames
+}
+
+func newFUSEDriver(runDir string, names deviceNames) (attachDriver, error) {
+	loadModule("fuse")
+	loadModule("loop")
+	for _, path := range []string{"/dev/fuse", loopControl} {
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, fmt.Errorf("%w: fuse: %w (it needs the kernel's fuse and loop drivers, and root)", ErrNoDeviceKind, err)
+		}
+		f.Close()
+	}
+	return &fuseDriver{dir: filepath.Join(runDir, "fuse"), names: names}, nil
+}
+
+func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ Device, err error) {
+	dir := filepath.Join(d.dir, o.ID)
+	if err := os.MkdirAll(d.dir, 0o700); err != nil {
+		return nil, err
+	}
+	// Not MkdirAll: a directory that is there belongs to a dead device, which Stale reports.
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("%w (left by an earlier process? clean what Stale lists)", err)
+	}
+	undo := []func() error{func() error { return os.Remove(dir) }}
+	defer func() {
+		for i := len(undo) - 1; i >= 0 && err != nil; i-- {
+			err = errors.Join(err, undo[i]())
+		}
+	}()
+	mount, err := mountFUSE(dir, d.names.name(o.ID), b, o)
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, mount.unmount)
+
+	flag := unix.O_RDWR
+	if o.ReadOnly {
+		flag = unix.O_RDONLY
+	}
+	var fd int
+	err = ignoringEINTR(func() error {
+		fd, err = unix.Open(mount.path(), flag|unix.O_CLOEXEC, 0) // not os.Open: see grow
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open %q: %w", mount.path(), err)
+	}
+	defer unix.Close(fd) // the loop device has its own reference
+	loop, err := configureLoop(ctx, fd, mount.name, o)
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() error { return loop.clear(context.WithoutCancel(ctx), false) })
+	if o.Discard {
+		if err := loop.allowDiscard(); err != nil {
+			return nil, err
+		}
+	}
+	size, err := sysfsSize(loop.name)
+	if err != nil {
+		return nil, err
+	}
+	if size != b.Size() {
+		return nil, fmt.Errorf("%s has %d bytes, want %d", loop.path(), size, b.Size())
+	}
+	return &fuseDevice{opts: o, backend: b, mount: mount, loop: loop}, nil
+}
+
+// stale finds loop devices over our files, and mount points, that are not in live.
+func (d *fuseDriver) stale(_ context.Context, live map[string]bool) ([]StaleDevice, error) {
+	var found []StaleDevice
+	seen := make(map[string]bool)
+	loops, err := sysfsDevices("loop")
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, name := range loops {
+		backing, err := loopDevice{name: name}.backing()
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		id, ours := d.names.id(filepath.Base(backing))
+		if !ours || live[id] {
+			continue
+		}
+		seen[id] = true
+		loop := loopDevice{name: name, file: d.names.name(id)}
+		found = append(found, StaleDevice{ID: id, Kind: KindFUSE, Path: loop.path(), clean: func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, detachWait)
+			defer cancel()
+			// Nothing is written back: whoever could have taken it is dead.
+			if err := loop.clear(ctx, false); err != nil {
+				return err
+			}
+			return d.removeDir(id)
+		}})
+	}
+	entries, err := os.ReadDir(d.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	for _, e := range entries {
+		if id := e.Name(); !live[id] && !seen[id] {
+			found = append(found, StaleDevice{ID: id, Kind: KindFUSE, clean: func(context.Context) error { return d.removeDir(id) }})
+		}
+	}
+	return found, errors.Join(errs...)
+}
+
+// removeDir removes the mount of a dead device, and its directory.
+func (d *fuseDriver) removeDir(id string) error {
+	dir := filepath.Join(d.dir, id)
+	if err := unmountDir(dir); err != nil {
+		return err
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// fuseDevice is a loop device over a FUSE file that this process serves.
+//
+// Its promise is weaker than that of an nbd device: when this process dies, the kernel ends
+// the FUSE connection, and every request after that fails with EIO. Acknowledged writes that the
+// filesystem had flushed are safe in the image, as after a power loss; the device must be
+// cleaned (see [Attacher.Stale]) and attached anew.
+type fuseDevice struct {
+	opts    DeviceOptions
+	backend Backend
+	mount   *fuseMount
+	loop    loopDevice
+
+	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
+	detached bool       // guarded by mu
+}
+
+func (d *fuseDevice) Path() string { return d.loop.path() }
+func (d *fuseDevice) Kind() string { return KindFUSE }
+func (d *fuseDevice) Size() int64  { return d.mount.size.Load() }
+
+func (d *fuseDevice) Health() error {
+	switch ok, err := d.loop.bound(); {
+	case err != nil:
+		return err
+	case !ok:
+		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceGone)
+	case d.mount.dead():
+		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceDead)
+	}
+	return nil
+}
+
+func (d *fuseDevice) Resize(ctx context.Context, size int64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := checkResize(d, d.opts, d.backend, size); err != nil {
+		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
+	}
+	if err := d.mount.grow(size); err != nil {
+		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
+	}
+	if err := d.loop.resize(ctx, size); err != nil {
+		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
+	}
+	return nil
+}
+
+func (d *fuseDevice) Detach(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.detached {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, detachWait)
+	defer cancel()
+	lost := d.loop.clear(ctx, !d.mount.dead())
+	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
+		return lost
+	}
+	if err := d.mount.unmount(); err != nil {
+		return errors.Join(lost, err)
+	}
+	if err := os.Remove(d.mount.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(lost, err)
+	}
+	d.detached = true
+	if err := d.backend.Flush(); err != nil {
+		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
+	}
+	return lost
+}
