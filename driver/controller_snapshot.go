@@ -15,7 +15,7 @@ import (
 // CreateSnapshot implements csi.ControllerServer. Of a mounted filesystem, what
 // was written before the call is in the snapshot: it is synced first.
 func (s controllerServer) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
-	if err := errors.Join(required("name", req.GetName()), required("source_volume_id", req.GetSourceVolumeId())); err != nil {
+	if err := firstOf(required("name", req.GetName()), required("source_volume_id", req.GetSourceVolumeId())); err != nil {
 		return nil, err
 	}
 	for name := range req.GetParameters() {

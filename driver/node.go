@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -54,7 +53,7 @@ func (d *Driver) at(id, path string) (*stagedVolume, error) {
 // NodeExpandVolume implements csi.NodeServer. The image has grown already; the
 // device and the filesystem follow.
 func (s nodeServer) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), required("volume_path", req.GetVolumePath())); err != nil {
+	if err := firstOf(required("volume_id", req.GetVolumeId()), required("volume_path", req.GetVolumePath())); err != nil {
 		return nil, err
 	}
 	if c := req.GetVolumeCapability(); c != nil {

@@ -13,7 +13,7 @@ import (
 
 // NodePublishVolume implements csi.NodeServer.
 func (s nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("target_path", req.GetTargetPath()),
+	if err := firstOf(required("volume_id", req.GetVolumeId()), checkPath("target_path", req.GetTargetPath()),
 		checkCapability(req.GetVolumeCapability())); err != nil {
 		return nil, err
 	}
@@ -160,7 +160,7 @@ func (d *Driver) isPublished(v *stagedVolume, path string) (bool, error) {
 // NodeUnpublishVolume implements csi.NodeServer. What is not published is
 // unpublished already, whatever its ID looks like.
 func (s nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("target_path", req.GetTargetPath())); err != nil {
+	if err := firstOf(required("volume_id", req.GetVolumeId()), checkPath("target_path", req.GetTargetPath())); err != nil {
 		return nil, err
 	}
 	return change(ctx, s.Driver, req.GetVolumeId(), func(context.Context) (*csi.NodeUnpublishVolumeResponse, error) {

@@ -18,7 +18,7 @@ import (
 
 // NodeStageVolume implements csi.NodeServer.
 func (s nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath()),
+	if err := firstOf(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath()),
 		checkCapability(req.GetVolumeCapability())); err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(attached); err != nil {
 		return nil, d.undone(ctx, attached, err)
 	}
-	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind(), "image", disk.Image.Info().FileSize)
+	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind())
 	return attached, nil
 }
 
@@ -192,7 +192,7 @@ func (d *Driver) mountedFrom(path, device string) (bool, error) {
 // NodeUnstageVolume implements csi.NodeServer. What is not staged is
 // unstaged already, whatever its ID looks like.
 func (s nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath())); err != nil {
+	if err := firstOf(required("volume_id", req.GetVolumeId()), checkPath("staging_target_path", req.GetStagingTargetPath())); err != nil {
 		return nil, err
 	}
 	return change(ctx, s.Driver, req.GetVolumeId(), func(ctx context.Context) (*csi.NodeUnstageVolumeResponse, error) {

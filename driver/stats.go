@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -59,7 +58,7 @@ func (d *Driver) poolCapacity(ctx context.Context, pool *volume.Pool) (volume.Ca
 
 // NodeGetVolumeStats implements csi.NodeServer. It never hangs on a dead device.
 func (s nodeServer) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
-	if err := errors.Join(required("volume_id", req.GetVolumeId()), required("volume_path", req.GetVolumePath())); err != nil {
+	if err := firstOf(required("volume_id", req.GetVolumeId()), required("volume_path", req.GetVolumePath())); err != nil {
 		return nil, err
 	}
 	v, err := s.at(req.GetVolumeId(), req.GetVolumePath())

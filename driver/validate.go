@@ -113,6 +113,16 @@ func checkMap(field protoreflect.FieldDescriptor, m protoreflect.Map) error {
 	return nil
 }
 
+// firstOf returns the first error: one thing at a time is enough to mend.
+func firstOf(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // required refuses an empty field.
 func required(name, value string) error {
 	if value == "" {

@@ -14,7 +14,7 @@ func (p *Pool) Delete(ctx context.Context, id string) error {
 		if _, _, err := p.record(id); err != nil {
 			return err
 		}
-		unlock, err := p.locks.try(id)
+		unlock, err := p.locks.lock(ctx, id)
 		if err != nil {
 			return err
 		}
@@ -62,12 +62,12 @@ func (p *Pool) unbury(e *entry) {
 // DeleteSnapshot deletes the snapshot id. Clones of it go on. The space is
 // given back in the background. Errors: ErrNotFound, ErrBusy.
 func (p *Pool) DeleteSnapshot(ctx context.Context, id string) error {
-	return detachErr(ctx, p, func(context.Context) error {
+	return detachErr(ctx, p, func(ctx context.Context) error {
 		e, _, err := p.snapshotRecord(id)
 		if err != nil {
 			return err
 		}
-		unlock, err := p.locks.try(e.id)
+		unlock, err := p.locks.lock(ctx, e.id)
 		if err != nil {
 			return err
 		}
@@ -145,12 +145,12 @@ func (p *Pool) reapPass(ctx context.Context) (progress, busy bool, err error) {
 		if e == nil || !p.reapable(e) {
 			continue
 		}
-		unlock, err := p.locks.try(id)
-		if err != nil {
+		unlock, ok := p.locks.tryReap(id)
+		if !ok {
 			busy = true
 			continue
 		}
-		err = p.reapVolume(ctx, e)
+		err := p.reapVolume(ctx, e)
 		unlock()
 		p.noteFailure(id, err)
 		if err != nil {

@@ -5,7 +5,10 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"csi-qcow2/cache"
 	"csi-qcow2/internal/qemutest"
@@ -166,4 +169,16 @@ func files(t *testing.T, dir string) []string {
 		}
 	}
 	return all
+}
+
+func itoa(n int64) string { return strconv.FormatInt(n, 10) }
+
+// allocated returns the space that a file takes on the host, in bytes.
+func allocated(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
 }

@@ -6,51 +6,70 @@ import (
 	"sync"
 )
 
-// A keyLock is a set of locks by name.
+// A keyLock is a set of locks by ID. An operation that a user asked for gets
+// ErrBusy when another one holds the lock, and waits for the reaper: nobody
+// asked for that one, so nobody is to notice it.
 type keyLock struct {
 	mu   sync.Mutex
-	held map[string]chan struct{} // closed on unlock; guarded by mu
+	held map[string]*holder // guarded by mu
 }
 
-// try locks key, or returns ErrBusy when it is locked.
-func (l *keyLock) try(key string) (unlock func(), err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if _, busy := l.held[key]; busy {
-		return nil, fmt.Errorf("%w on %s", ErrBusy, key)
-	}
-	return l.takeLocked(key), nil
+type holder struct {
+	reaper bool
+	done   chan struct{} // closed on unlock
 }
 
-// wait locks key, and waits for it as long as ctx allows.
+// lock locks key for an operation.
+func (l *keyLock) lock(ctx context.Context, key string) (unlock func(), err error) {
+	return l.acquire(ctx, key, func(h *holder) bool { return h.reaper })
+}
+
+// wait locks key for an operation, after whatever holds it.
 func (l *keyLock) wait(ctx context.Context, key string) (unlock func(), err error) {
+	return l.acquire(ctx, key, func(*holder) bool { return true })
+}
+
+func (l *keyLock) acquire(ctx context.Context, key string, patient func(*holder) bool) (func(), error) {
 	for {
 		l.mu.Lock()
-		busy := l.held[key]
-		if busy == nil {
-			unlock = l.takeLocked(key)
+		h := l.held[key]
+		if h == nil {
+			unlock := l.takeLocked(key, false)
 			l.mu.Unlock()
 			return unlock, nil
 		}
 		l.mu.Unlock()
+		if !patient(h) {
+			return nil, fmt.Errorf("%w on %s", ErrBusy, key)
+		}
 		select {
-		case <-busy:
+		case <-h.done:
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
 	}
 }
 
-func (l *keyLock) takeLocked(key string) func() {
-	if l.held == nil {
-		l.held = make(map[string]chan struct{})
+// tryReap locks key for the reaper unless it is held.
+func (l *keyLock) tryReap(key string) (unlock func(), ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.held[key] != nil {
+		return nil, false
 	}
-	ch := make(chan struct{})
-	l.held[key] = ch
+	return l.takeLocked(key, true), true
+}
+
+func (l *keyLock) takeLocked(key string, reaper bool) func() {
+	if l.held == nil {
+		l.held = make(map[string]*holder)
+	}
+	h := &holder{reaper: reaper, done: make(chan struct{})}
+	l.held[key] = h
 	return func() {
 		l.mu.Lock()
 		delete(l.held, key)
 		l.mu.Unlock()
-		close(ch)
+		close(h.done)
 	}
 }

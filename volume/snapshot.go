@@ -37,7 +37,7 @@ func (p *Pool) CreateSnapshot(ctx context.Context, name, id string) (Snapshot, e
 
 func (p *Pool) createSnapshot(ctx context.Context, name, id string) (Snapshot, error) {
 	snapID, _ := p.snapshotIDFor(name, id)
-	unlockName, err := p.locks.try(snapID)
+	unlockName, err := p.locks.lock(ctx, snapID)
 	if err != nil {
 		return Snapshot{}, err
 	}
@@ -54,7 +54,7 @@ func (p *Pool) createSnapshot(ctx context.Context, name, id string) (Snapshot, e
 	if _, _, err := p.record(id); err != nil {
 		return Snapshot{}, err
 	}
-	unlock, err := p.locks.try(id)
+	unlock, err := p.locks.lock(ctx, id)
 	if err != nil {
 		return Snapshot{}, err
 	}

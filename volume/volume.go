@@ -88,7 +88,7 @@ func (p *Pool) Create(ctx context.Context, req CreateRequest) (Volume, error) {
 
 func (p *Pool) create(ctx context.Context, req CreateRequest) (Volume, error) {
 	id, _ := p.volumeIDFor(req.Name)
-	unlock, err := p.locks.try(id)
+	unlock, err := p.locks.lock(ctx, id)
 	if err != nil {
 		return Volume{}, err
 	}
@@ -273,7 +273,7 @@ func (p *Pool) Expand(ctx context.Context, id string, size SizeRange) (Volume, e
 		return Volume{}, err
 	}
 	err = detachErr(ctx, p, func(ctx context.Context) error {
-		unlock, err := p.locks.try(id)
+		unlock, err := p.locks.lock(ctx, id)
 		if err != nil {
 			return err
 		}
