@@ -79,6 +79,7 @@ const (
 // refcount_table_offset with refcount_table_clusters, nb_snapshots with
 // snapshots_offset: 12 bytes each, inside one sector.
 const (
+	hdrOffBackingFile           = 8
 	hdrOffSize                  = 24
 	hdrOffL1Size                = 36
 	hdrOffL1Offset              = 40
