@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -75,7 +76,9 @@ func Create(ctx context.Context, f File, size int64, o CreateOptions) error {
 	if err := f.Datasync(); err != nil {
 		return err
 	}
-	if _, err := f.WriteAt(cluster, 0); err != nil {
+	// The rest of the cluster is zeroes already, and stays sparse.
+	used := (len(bytes.TrimRight(cluster, "\x00")) + 4095) &^ 4095
+	if _, err := f.WriteAt(cluster[:min(used, len(cluster))], 0); err != nil {
 		return err
 	}
 	return f.Datasync()
