@@ -125,7 +125,26 @@ func (im *Image) readSnapshotL1(r *snapshotRecord) ([]uint64, error) {
 	if uint64(r.l1Size)*entryBytes > maxL1Bytes || !im.geo.aligned(r.l1Offset) || r.l1Offset >= maxHostOffset {
 		return nil, corruptf("snapshot L1 table", r.l1Offset, "%d entries at an offset that is not allowed", r.l1Size)
 	}
-	return readTable(im.f, "snapshot L1 table", r.l1Offset, int(r.l1Size))
+	entries, err := readTable(im.f, "snapshot L1 table", r.l1Offset, int(r.l1Size))
+	if err != nil {
+		return nil, err
+	}
+	return entries, im.checkL1("snapshot L1 entry", r.l1Offset, entries)
+}
+
+// checkL1 validates the entries of the L1 table at off, before anything that
+// needs all of them changes the image.
+func (im *Image) checkL1(structure string, off HostOffset, entries []uint64) error {
+	for i, e := range entries {
+		entryOff := off + HostOffset(i*entryBytes)
+		if r := l1Entry(e).reserved(); r != 0 {
+			return corruptf(structure, entryOff, "reserved bits %#x are set", r)
+		}
+		if table := l1Entry(e).offset(); !im.geo.aligned(table) {
+			return corruptf(structure, entryOff, "L2 table offset %#x is not aligned to a cluster", uint64(table))
+		}
+	}
+	return nil
 }
 
 // whileDirty runs change with the dirty bit set in the file (E7): refcounts and

@@ -59,9 +59,6 @@ func (im *Image) replaceState(ctx context.Context, entries []uint64, size int64)
 		if table == 0 {
 			continue
 		}
-		if !im.geo.aligned(table) {
-			return corruptf("snapshot L1 entry", HostOffset(i*entryBytes), "L2 table offset %#x is not aligned to a cluster", uint64(table))
-		}
 		if err := im.raiseTable(table); err != nil {
 			return err
 		}

@@ -156,6 +156,10 @@ func (im *Image) admitSnapshot(s *Snapshot) error {
 	if uint64(len(records))+2 > im.geo.refcountMax {
 		return fmt.Errorf("%w: refcounts of %d bits hold no more than %d snapshots", ErrRefcountOverflow, im.geo.refcountBits, len(records))
 	}
+	l1 := im.l1.Load()
+	if err := im.checkL1("L1 entry", l1.off, l1.snapshot()); err != nil {
+		return err
+	}
 	if s.ID == "" {
 		s.ID = nextSnapshotID(records)
 	}
