@@ -63,6 +63,7 @@ func BenchmarkWriteAt4KInPlaceParallel(b *testing.B) {
 	im := benchImage(b, benchSize, benchSize)
 	b.SetBytes(4096)
 	b.ReportAllocs()
+	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		rng := rand.New(rand.NewPCG(rand.Uint64(), 1))
 		p := fill(4096, 2)
