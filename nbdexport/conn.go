@@ -170,11 +170,15 @@ func (c *conn) start(ctx context.Context, r *request) error {
 	}
 	switch {
 	case r.cmd == cmdRead && r.n <= inLineBytes && c.pace.next():
-		return c.readInLine(r)
+		err = c.readInLine(r)
+		c.pace.answered()
+		return err
 	case r.cmd == cmdWrite && r.n > maxBuffer:
 		return c.writeInPieces(r)
 	case r.cmd == cmdWrite && r.n <= inLineBytes && r.flags&flagFUA == 0 && !c.aligned && c.pace.next():
-		return c.writeInLine(r)
+		err = c.writeInLine(r)
+		c.pace.answered()
+		return err
 	case r.cmd == cmdWrite:
 		return c.handWrite(ctx, r)
 	}
