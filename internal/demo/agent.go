@@ -32,7 +32,7 @@ func startAgent(s stage, binary, device string) (*agent, error) {
 	defer log.Close()
 	cmd := exec.Command(binary, "node",
 		"--endpoint", "unix://"+s.socket(),
-		"--pool", "default=" + s.pool(),
+		"--pool", "default="+s.pool(),
 		"--run-dir", s.run(),
 		"--node-id", "demo",
 		"--device", device,

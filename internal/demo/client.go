@@ -31,7 +31,10 @@ func dial(s stage) (*client, error) {
 	conn, err := grpc.NewClient("unix://"+s.socket(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		// The socket appears within milliseconds of the agent's start.
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second}}))
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second},
+			MinConnectTimeout: callTime,
+		}))
 	if err != nil {
 		return nil, err
 	}
