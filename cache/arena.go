@@ -45,6 +45,8 @@ type arena struct {
 	data  unsafe.Pointer
 	slots int
 	file  *os.File // nil if anonymous; holds the lock
+
+	onStore func() // see Options.OnStore; nil in production
 }
 
 // arenaLayout returns where the data starts and the size of an arena.
@@ -119,14 +121,30 @@ func (a *arena) word(i slotIndex, n uintptr) *uint64 {
 	return (*uint64)(unsafe.Add(a.dir, uintptr(i)*entryBytes+n*8))
 }
 
+func (a *arena) headerWord(n int) *uint64 {
+	return (*uint64)(unsafe.Add(unsafe.Pointer(unsafe.SliceData(a.mem)), n*8))
+}
+
 func (a *arena) state(i slotIndex) state {
 	return state(atomic.LoadUint64(a.word(i, wordState)))
 }
 
 func (a *arena) setState(i slotIndex, s state) {
-	atomic.StoreUint64(a.word(i, wordState), uint64(s))
+	a.store(a.word(i, wordState), uint64(s))
 }
 
 func (a *arena) swapState(i slotIndex, old, new state) bool {
+	if a.onStore != nil {
+		a.onStore()
+	}
 	return atomic.CompareAndSwapUint64(a.word(i, wordState), uint64(old), uint64(new))
+}
+
+// store stores into a word that a successor may read. All such stores go
+// through here and swapState.
+func (a *arena) store(p *uint64, v uint64) {
+	if a.onStore != nil {
+		a.onStore()
+	}
+	atomic.StoreUint64(p, v)
 }

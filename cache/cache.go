@@ -25,9 +25,20 @@ type File interface {
 type Options struct {
 	// Bytes is the budget for tables. It is rounded up to whole sets of eight
 	// 4096-byte slots. Default 32 MiB, at least 32 KiB, at most 1 TiB.
+	// An arena with dirty tables of a predecessor keeps its size.
 	Bytes int64
 	// Path names the arena file, on a tmpfs. "" is anonymous memory.
 	Path string
+	// Generation is that of the arena's users: an arena file of another one is
+	// refused. A caller changes it when what the arena holds must not be used any
+	// more, for example after it served the images without this arena.
+	Generation uint64
+	// Fresh discards what a predecessor left in the arena file.
+	Fresh bool
+	// OnStore, if not nil, is called before each store into the arena that a
+	// successor can see, by the goroutine that stores, possibly with locks held.
+	// It is for tests that enumerate the states in which a process can be killed.
+	OnStore func()
 	// Lock locks the memory of the arena, so that it is never paged out.
 	Lock bool
 }
@@ -76,22 +87,24 @@ type Cache struct {
 	mu      sync.Mutex
 	handles []*Handle // by number; [0] is nil; guarded by mu, byID is its copy
 	closed  bool      // guarded by mu
+
+	unclaimed map[[16]byte]*Handle // those of handles that wait for their image; guarded by mu
 }
 
-// New returns an empty cache. It starts nothing; see Run.
+// New returns a cache: an empty one, or, with the Path of an arena whose process
+// was killed, one that holds the dirty tables of that process. Those wait for
+// their images to be opened (see Unclaimed).
+//
+// New returns ErrInUse while another process has the arena, and an *ArenaError
+// for an arena that must not be used: of another layout, boot or generation,
+// truncated or damaged. It starts nothing; see Run.
 func New(o Options) (*Cache, error) {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
-	sets := int((o.Bytes + ways*slotBytes - 1) / (ways * slotBytes))
-	var a *arena
-	var err error
-	if o.Path == "" {
-		a, err = mapAnonymous(sets * ways)
-	} else {
-		a, err = mapFile(o.Path, sets*ways)
-	}
+	slots := int((o.Bytes+ways*slotBytes-1)/(ways*slotBytes)) * ways
+	a, left, err := o.arena(slots)
 	if err != nil {
 		return nil, err
 	}
@@ -100,15 +113,29 @@ func New(o Options) (*Cache, error) {
 			return nil, errors.Join(err, a.unmap())
 		}
 	}
+	a.onStore = o.OnStore
 	c := &Cache{
-		arena:   a,
-		sets:    make([]set, sets),
-		slots:   make([]slot, sets*ways),
-		kick:    make(chan struct{}, 1),
-		handles: make([]*Handle, 1),
+		arena:     a,
+		sets:      make([]set, a.slots/ways),
+		slots:     make([]slot, a.slots),
+		kick:      make(chan struct{}, 1),
+		handles:   make([]*Handle, 1),
+		unclaimed: map[[16]byte]*Handle{},
 	}
 	c.publishHandlesLocked()
+	if err := c.adopt(left); err != nil {
+		return nil, errors.Join(&ArenaError{Path: o.Path, Msg: err.Error()}, a.unmap())
+	}
 	return c, nil
+}
+
+// arena maps the arena, and returns what a predecessor left in it.
+func (o Options) arena(slots int) (*arena, []entry, error) {
+	if o.Path == "" {
+		a, err := mapAnonymous(slots)
+		return a, nil, err
+	}
+	return mapFile(o.Path, slots, o.Generation, o.Fresh)
 }
 
 // Close releases the memory. It returns ErrInUse, and does nothing, while
@@ -129,7 +156,7 @@ func (c *Cache) Close() error {
 func (c *Cache) openLocked() int {
 	n := 0
 	for _, h := range c.handles {
-		if h != nil {
+		if h != nil && !h.unclaimed.Load() {
 			n++
 		}
 	}
@@ -175,7 +202,7 @@ func (c *Cache) dirtiest() *Handle {
 	var most *Handle
 	n := 0
 	for _, h := range *c.byID.Load() {
-		if h == nil || h.Err() != nil {
+		if h == nil || h.unclaimed.Load() || h.Err() != nil {
 			continue
 		}
 		if d := h.DirtyTables(); d > n {
@@ -197,6 +224,18 @@ func (c *Cache) addDirty(n int) {
 
 // set returns the set of a table of the handle with the given seed.
 func (c *Cache) set(seed uint64, off int64) (*set, int) {
-	i, _ := bits.Mul64(mix(seed+uint64(off)>>9), uint64(len(c.sets)))
-	return &c.sets[i], int(i)
+	i := setOf(seed, off, len(c.sets))
+	return &c.sets[i], i
+}
+
+// setOf returns the number, of sets, of the set of a table.
+func setOf(seed uint64, off int64, sets int) int {
+	i, _ := bits.Mul64(mix(seed+uint64(off)>>9), uint64(sets))
+	return int(i)
+}
+
+// seedOf returns the seed of the hash for the image with a given identity.
+func seedOf(id [16]byte) uint64 {
+	lo, hi := idWords(id)
+	return mix(mix(lo) ^ hi)
 }

@@ -21,22 +21,30 @@ import (
 // Words 1-5 are valid while the state word is not free. The words are in host
 // byte order: an arena never leaves its machine.
 const (
-	wordState  = 0
-	wordOffset = 1
-	wordID     = 2
-	wordLength = 4
-	wordCheck  = 5
+	wordState    = 0
+	wordOffset   = 1
+	wordID       = 2
+	wordLength   = 4
+	wordCheck    = 5
+	wordReserved = 6
 )
 
 // describe stores whose table the slot is about to hold. The slot is not published.
 func (a *arena) describe(i slotIndex, id [16]byte, off int64, length int) {
 	lo, hi := idWords(id)
-	atomic.StoreUint64(a.word(i, wordOffset), uint64(off))
-	atomic.StoreUint64(a.word(i, wordID), lo)
-	atomic.StoreUint64(a.word(i, wordID+1), hi)
-	atomic.StoreUint64(a.word(i, wordLength), uint64(length))
-	atomic.StoreUint64(a.word(i, wordCheck), entryCheck(i, uint64(off), lo, hi, uint64(length)))
+	a.store(a.word(i, wordOffset), uint64(off))
+	a.store(a.word(i, wordID), lo)
+	a.store(a.word(i, wordID+1), hi)
+	a.store(a.word(i, wordLength), uint64(length))
+	a.store(a.word(i, wordCheck), a.checkOf(i))
 }
+
+// checkOf returns the check that the entry of slot i ought to have.
+func (a *arena) checkOf(i slotIndex) uint64 {
+	return entryCheck(i, a.load(i, wordOffset), a.load(i, wordID), a.load(i, wordID+1), a.load(i, wordLength))
+}
+
+func (a *arena) load(i slotIndex, n uintptr) uint64 { return atomic.LoadUint64(a.word(i, n)) }
 
 // unpublish makes the slot free: from here on it means nothing to a successor.
 func (a *arena) unpublish(i slotIndex) {
@@ -45,6 +53,12 @@ func (a *arena) unpublish(i slotIndex) {
 
 func idWords(id [16]byte) (lo, hi uint64) {
 	return binary.LittleEndian.Uint64(id[:8]), binary.LittleEndian.Uint64(id[8:])
+}
+
+func wordsID(lo, hi uint64) (id [16]byte) {
+	binary.LittleEndian.PutUint64(id[:8], lo)
+	binary.LittleEndian.PutUint64(id[8:], hi)
+	return id
 }
 
 // entryCheck is a checksum over an entry: a flipped bit in it must not put a

@@ -1,6 +1,9 @@
 package cache
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 var (
 	// ErrClosed is returned by the methods of a closed Cache or Handle.
@@ -12,4 +15,25 @@ var (
 	// ErrInvalid is matched by errors about a caller's mistake: options out of
 	// range, an offset that is not aligned, a class that the handle lacks.
 	ErrInvalid = errors.New("cache: invalid argument")
+	// ErrArena is matched by *ArenaError.
+	ErrArena = errors.New("cache: unusable arena")
+	// ErrUnclaimed is returned by Get and Create when all ways of a set hold
+	// dirty tables of images that a predecessor had open and this process has not
+	// opened yet. Open or Forget what Unclaimed lists, and try again.
+	ErrUnclaimed = errors.New("cache: no room beside the tables of images that are not open yet")
 )
+
+// An ArenaError says why an arena file was refused. Nothing in it was used or
+// changed. What its process had not written back is lost, as by a power loss;
+// Options.Fresh goes on without it. It matches ErrArena.
+type ArenaError struct {
+	Path string
+	Msg  string
+}
+
+func (e *ArenaError) Error() string {
+	return fmt.Sprintf("cache: arena %q is not usable: %s", e.Path, e.Msg)
+}
+
+// Is reports whether target is ErrArena.
+func (e *ArenaError) Is(target error) bool { return target == ErrArena }

@@ -3,6 +3,7 @@ package cache
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -46,14 +47,16 @@ func (o HandleOptions) withDefaults() HandleOptions {
 
 func (o HandleOptions) validate() error {
 	var errs []error
-	if n := o.SliceBytes; n < 512 || n > slotBytes || n&(n-1) != 0 {
-		errs = append(errs, fmt.Errorf("%w: slice of %d bytes: it must be a power of two from 512 to %d", ErrInvalid, n, slotBytes))
+	if !validSlice(uint64(o.SliceBytes)) {
+		errs = append(errs, fmt.Errorf("%w: slice of %d bytes: it must be a power of two from 512 to %d", ErrInvalid, o.SliceBytes, slotBytes))
 	}
 	if o.Classes < 1 || o.Classes > maxClasses {
 		errs = append(errs, fmt.Errorf("%w: %d classes: it must be from 1 to %d", ErrInvalid, o.Classes, maxClasses))
 	}
 	return errors.Join(errs...)
 }
+
+func validSlice(n uint64) bool { return n >= 512 && n <= slotBytes && n&(n-1) == 0 }
 
 // A Handle is the view that one image has of the Cache: its tables, their
 // dirty lists and its passes. All methods may be called from many goroutines at
@@ -66,7 +69,9 @@ type Handle struct {
 	seed   uint64 // of the hash; see Cache.set
 	misfit uint64 // bits that are 0 in a valid offset
 
-	counters counters
+	counters  counters
+	adopted   int         // dirty tables that a predecessor left
+	unclaimed atomic.Bool // the tables of a predecessor; the image is not open yet
 
 	started atomic.Uint64 // passes started; changed under mu
 	done    atomic.Uint64 // number of the last pass that succeeded; changed under mu
@@ -90,12 +95,41 @@ type Handle struct {
 	bufs [maxClasses][]byte // copies of the running pass, per class
 }
 
-// Open returns a handle for the tables of f. The cache does not close f.
+// Open returns a handle for the tables of f. The cache does not close f. If a
+// predecessor left dirty tables of the image with this ID in the arena, the
+// handle has them (see Adopted), and the caller must use the same SliceBytes and
+// at least the same Classes, or Forget them first.
+//
+// Open returns ErrInUse if the ID has an open handle.
 func (c *Cache) Open(f File, o HandleOptions) (*Handle, error) {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, ErrClosed
+	}
+	if h := c.unclaimed[o.ID]; h != nil {
+		if err := c.claimLocked(h, f, o); err != nil {
+			return nil, err
+		}
+		return h, nil
+	}
+	for _, other := range c.handles {
+		if other != nil && o.ID != [16]byte{} && other.o.ID == o.ID {
+			return nil, fmt.Errorf("%w: image %x has a handle", ErrInUse, o.ID)
+		}
+	}
+	h := newHandle(c, f, o)
+	if err := c.addLocked(h); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+func newHandle(c *Cache, f File, o HandleOptions) *Handle {
 	h := &Handle{
 		c:      c,
 		f:      f,
@@ -107,40 +141,28 @@ func (c *Cache) Open(f File, o HandleOptions) (*Handle, error) {
 	for i := range h.dirty {
 		h.dirty[i].init()
 	}
+	return h
+}
 
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return nil, ErrClosed
-	}
-	number := 0
-	for n, other := range c.handles {
-		switch {
-		case n == 0:
-		case other == nil:
-			number = n
-		case o.ID != [16]byte{} && other.o.ID == o.ID:
-			return nil, fmt.Errorf("%w: image %x has a handle", ErrInUse, o.ID)
-		}
-	}
-	if number == 0 {
+// addLocked gives h a number.
+func (c *Cache) addLocked(h *Handle) error {
+	h.number = slices.Index(c.handles[1:], nil) + 1
+	if h.number == 0 {
 		if len(c.handles) > maxHandles {
-			return nil, fmt.Errorf("%w: all %d handles", ErrInUse, maxHandles)
+			return fmt.Errorf("%w: all %d handles", ErrInUse, maxHandles)
 		}
-		number = len(c.handles)
+		h.number = len(c.handles)
 		c.handles = append(c.handles, nil)
 	}
-	h.number = number
-	h.seed = mix(uint64(number))
-	if o.ID != [16]byte{} {
+	h.seed = mix(uint64(h.number))
+	if h.o.ID != [16]byte{} {
 		// A successor must find the tables of the image in the same sets,
 		// whatever number its handle has.
-		lo, hi := idWords(o.ID)
-		h.seed = mix(mix(lo) ^ hi)
+		h.seed = seedOf(h.o.ID)
 	}
-	c.handles[number] = h
+	c.handles[h.number] = h
 	c.publishHandlesLocked()
-	return h, nil
+	return nil
 }
 
 func (h *Handle) key(off int64) key {
@@ -218,10 +240,12 @@ func (h *Handle) get(class Class, off int64, k key, s *set, n int) (Table, error
 			h.counters.hit(n)
 			return h.table(slotIndex(n*ways + w)), nil
 		}
-		w, retry := h.c.claimLocked(s, n)
+		w, retry := h.c.vacateLocked(s, n)
 		if retry != nil {
 			s.mu.Unlock()
-			retry()
+			if err := retry(); err != nil {
+				return Table{}, err
+			}
 			continue
 		}
 		if !h.beginLoad() {
@@ -251,11 +275,13 @@ func (h *Handle) Create(class Class, off int64) (Table, error) {
 		s.mu.Lock()
 		w, retry := h.takeLocked(s, n, k)
 		if retry == nil && w < 0 {
-			w, retry = h.c.claimLocked(s, n)
+			w, retry = h.c.vacateLocked(s, n)
 		}
 		if retry != nil {
 			s.mu.Unlock()
-			retry()
+			if err := retry(); err != nil {
+				return Table{}, err
+			}
 			continue
 		}
 		i := slotIndex(n*ways + w)
@@ -297,7 +323,7 @@ func (h *Handle) Drop(off int64) {
 			return
 		}
 		s.mu.Unlock()
-		retry()
+		_ = retry() // only waits
 	}
 }
 
@@ -305,7 +331,7 @@ func (h *Handle) Drop(off int64) {
 // attic, whatever its state. It returns its way, free and sealed, or -1 if it
 // was in no way. If it must wait first, it returns what to call after
 // unlocking s.mu, before the next try.
-func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func()) {
+func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func() error) {
 	w, ok := s.findLocked(k)
 	if !ok {
 		h.mu.Lock()
@@ -314,7 +340,7 @@ func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func()) {
 		return -1, nil
 	}
 	if f := s.fillLocked(w); f != nil {
-		return -1, func() { <-f.done }
+		return -1, wait(f.done)
 	}
 	if !s.sealLocked(w) {
 		return -1, wait(s.awaitLocked(1 << w))
@@ -324,12 +350,13 @@ func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func()) {
 	i := slotIndex(n*ways + w)
 	if it := h.slotItemLocked(i); it != nil && it.writing {
 		s.unsealLocked(w, 0)
-		return -1, func() {
+		return -1, func() error {
 			h.mu.Lock()
 			for it := h.slotItemLocked(i); it != nil && it.writing; it = h.slotItemLocked(i) {
 				h.cond.Wait()
 			}
 			h.mu.Unlock()
+			return nil
 		}
 	}
 	h.forgetLocked(i)
@@ -338,11 +365,12 @@ func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func()) {
 }
 
 // wait returns a function that waits for ch; a nil channel is ready.
-func wait(ch <-chan struct{}) func() {
-	return func() {
+func wait(ch <-chan struct{}) func() error {
+	return func() error {
 		if ch != nil {
 			<-ch
 		}
+		return nil
 	}
 }
 

@@ -6,7 +6,7 @@ import (
 	"io"
 )
 
-// claimLocked finds a way of set s, number n, for a new table, and makes it
+// vacateLocked finds a way of set s, number n, for a new table, and makes it
 // free and sealed: an empty one, else by second chance one that is clean and
 // not pinned. If there is none now, it returns what to call after unlocking
 // s.mu, before the next try:
@@ -15,15 +15,16 @@ import (
 //     failed, its table goes to its attic instead, at once, so that an image that
 //     cannot be written back does not hold up the others;
 //   - all ways are pinned or loading: wait for one. That ends, because nobody
-//     waits for a way with a table pinned.
-func (c *Cache) claimLocked(s *set, n int) (way int, retry func()) {
+//     waits for a way with a table pinned;
+//   - all ways belong to images that are not open yet: ErrUnclaimed.
+func (c *Cache) vacateLocked(s *set, n int) (way int, retry func() error) {
 	for w := range s.keys {
 		if s.keys[w].Load() == 0 && s.sealLocked(w) {
 			return w, nil
 		}
 	}
 	var dirty *Handle
-	var busy uint8
+	var busy, unclaimed uint8
 	for range 2 * ways {
 		w := int(s.hand)
 		s.hand = (s.hand + 1) % ways
@@ -41,14 +42,20 @@ func (c *Cache) claimLocked(s *set, n int) (way int, retry func()) {
 		i := slotIndex(n*ways + w)
 		owner := c.owner(key(s.keys[w].Load()))
 		if c.arena.state(i).dirty() {
-			if owner.Err() == nil {
+			switch {
+			case owner.unclaimed.Load():
+				unclaimed |= 1 << w
+			case owner.Err() == nil:
 				dirty = owner
-			} else if busy |= 1 << w; s.sealLocked(w) {
-				if owner.displace(i) {
-					s.keys[w].Store(0)
-					return w, nil
+			default:
+				busy |= 1 << w
+				if s.sealLocked(w) {
+					if owner.displace(i) {
+						s.keys[w].Store(0)
+						return w, nil
+					}
+					s.unsealLocked(w, 0)
 				}
-				s.unsealLocked(w, 0)
 			}
 			continue
 		}
@@ -68,7 +75,13 @@ func (c *Cache) claimLocked(s *set, n int) (way int, retry func()) {
 		return w, nil
 	}
 	if dirty != nil {
-		return 0, func() { _ = dirty.WriteBack() } // if it failed, the next try displaces
+		return 0, func() error {
+			_ = dirty.WriteBack() // if it failed, the next try displaces
+			return nil
+		}
+	}
+	if unclaimed == 1<<ways-1 {
+		return 0, func() error { return ErrUnclaimed }
 	}
 	return 0, wait(s.awaitLocked(busy))
 }
@@ -201,12 +214,12 @@ func (h *Handle) makeDirty(i slotIndex) {
 	for {
 		s := a.state(i)
 		if s.dirty() {
-			if a.swapState(i, s, s+seqOne) {
+			if a.swapState(i, s, s.stored()) {
 				return
 			}
 			continue
 		}
-		if a.swapState(i, s, s.as(h.dirtyKindLocked())+seqOne) {
+		if a.swapState(i, s, s.as(h.dirtyKindLocked()).stored()) {
 			h.clean.remove(h.c.slots, i)
 			h.dirty[s.class()].push(h.c.slots, i)
 			h.addDirtyLocked(1)

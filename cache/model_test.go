@@ -84,7 +84,7 @@ func TestOrderUnderLoad(t *testing.T) {
 	const (
 		workers = 8
 		tables  = 20 // per class
-		rounds  = 500
+		rounds  = 300
 		class   = tables * slotBytes
 	)
 	c := newCache(t, 32*slotBytes)
@@ -150,7 +150,7 @@ func TestModel(t *testing.T) {
 				var all sync.WaitGroup
 				var handles []*Handle
 				var files []*diskFile
-				const images, workers, tables = 3, 4, 24
+				const images, workers, tables = 3, 4, 16
 				for range images {
 					f := newDiskFile(workers * tables * slice)
 					h, err := c.Open(f, HandleOptions{SliceBytes: slice, Classes: 3})
@@ -170,7 +170,7 @@ func TestModel(t *testing.T) {
 						m.want[i] = make([]uint64, slice/8)
 					}
 					models[n] = m
-					all.Go(func() { m.run(t, 1000) })
+					all.Go(func() { m.run(t, 400) })
 				}
 				all.Wait()
 				for _, h := range handles {
@@ -361,7 +361,7 @@ func TestFailuresUnderLoad(t *testing.T) {
 // fast as it goes. Each goroutine owns a table: the values it reads there are
 // those that it stored, and no other table's.
 func TestEvictionRacesHits(t *testing.T) {
-	const workers, rounds = 12, 60_000
+	const workers, rounds = 12, 20_000
 	f := newDiskFile(workers * 512)
 	h := open(t, newCache(t, minBytes), f, HandleOptions{SliceBytes: 512})
 	var all sync.WaitGroup

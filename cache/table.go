@@ -37,7 +37,7 @@ func (t Table) Load(i int) uint64 { return bigEndian(atomic.LoadUint64(t.word(i)
 // survives the death of the process if the arena does, and it is durable when
 // a pass that starts later is done (see Handle.Mark).
 func (t Table) Store(i int, v uint64) {
-	atomic.StoreUint64(t.word(i), bigEndian(v))
+	t.h.c.arena.store(t.word(i), bigEndian(v))
 	t.touch()
 }
 
@@ -62,7 +62,7 @@ func (t Table) SetWords(i int, src []uint64) {
 		return
 	}
 	for n, v := range src {
-		atomic.StoreUint64(t.word(i+n), bigEndian(v))
+		t.h.c.arena.store(t.word(i+n), bigEndian(v))
 	}
 	t.touch()
 }
@@ -71,7 +71,7 @@ func (t Table) SetWords(i int, src []uint64) {
 func (t Table) Fill(v uint64) {
 	v = bigEndian(v)
 	for i := range t.Len() {
-		atomic.StoreUint64(t.word(i), v)
+		t.h.c.arena.store(t.word(i), v)
 	}
 	t.touch()
 }
@@ -91,7 +91,7 @@ func (t Table) touch() {
 			t.h.makeDirty(t.slot)
 			return
 		}
-		if a.swapState(t.slot, s, s+seqOne) {
+		if a.swapState(t.slot, s, s.stored()) {
 			return
 		}
 	}

@@ -1,0 +1,164 @@
+package cache
+
+import "fmt"
+
+// Taking over: a new process maps the arena of one that was killed. Every
+// dirty slot is adopted where it is, by a handle without a file that keeps its
+// way from being used for anything else, until Open for the same image claims it, or
+// Forget drops it. A takeover changes nothing that another one could need: when
+// it is killed, the next finds the same dirty tables.
+//
+// Clean and held slots become free: the file has the former, and the latter are
+// part of an image that cannot be adopted.
+
+// An entry is a directory entry of a dirty slot.
+type entry struct {
+	slot   slotIndex
+	id     [16]byte
+	off    int64
+	length int
+	class  Class
+}
+
+// dirtyEntries returns the entries of all dirty tables that can be adopted.
+// An error says what is wrong with the directory; nothing of the arena is to be
+// trusted then. It changes nothing.
+func (a *arena) dirtyEntries() ([]entry, error) {
+	var entries []entry
+	lengths := map[[16]byte]int{}
+	for i := range slotIndex(a.slots) {
+		st := a.state(i)
+		if !st.valid() {
+			return nil, fmt.Errorf("slot %d: state %#x has the wrong parity", i, uint64(st))
+		}
+		if st.kind() != kindDirty {
+			continue
+		}
+		e, err := a.entry(i)
+		if err != nil {
+			return nil, fmt.Errorf("slot %d: %w", i, err)
+		}
+		if e.id == [16]byte{} {
+			continue // its handle had no identity: it is not for us
+		}
+		if n, ok := lengths[e.id]; ok && n != e.length {
+			return nil, fmt.Errorf("slot %d: table of %d bytes, others of its image have %d", i, e.length, n)
+		}
+		lengths[e.id] = e.length
+		for n := len(entries) - 1; n >= 0 && entries[n].slot/ways == i/ways; n-- {
+			if entries[n].id == e.id && entries[n].off == e.off {
+				return nil, fmt.Errorf("slots %d and %d: both hold the table at %#x of image %x", entries[n].slot, i, e.off, e.id)
+			}
+		}
+		entries = append(entries, e)
+	}
+	return entries, nil
+}
+
+// entry decodes and checks the entry of slot i, which is published.
+func (a *arena) entry(i slotIndex) (entry, error) {
+	if got, want := a.load(i, wordCheck), a.checkOf(i); got != want {
+		return entry{}, fmt.Errorf("entry check %#x, want %#x", got, want)
+	}
+	if x, y := a.load(i, wordReserved), a.load(i, wordReserved+1); x|y != 0 {
+		return entry{}, fmt.Errorf("reserved words %#x %#x, want 0", x, y)
+	}
+	off, length := a.load(i, wordOffset), a.load(i, wordLength)
+	if !validSlice(length) {
+		return entry{}, fmt.Errorf("table of %d bytes", length)
+	}
+	if off >= 1<<offsetBits || off%length != 0 {
+		return entry{}, fmt.Errorf("table of %d bytes at %#x", length, off)
+	}
+	e := entry{slot: i, id: wordsID(a.load(i, wordID), a.load(i, wordID+1)), off: int64(off), length: int(length), class: a.state(i).class()}
+	if want := setOf(seedOf(e.id), e.off, a.slots/ways); e.id != [16]byte{} && int(i/ways) != want {
+		return entry{}, fmt.Errorf("table in set %d, want %d", i/ways, want)
+	}
+	return e, nil
+}
+
+// adopt gives the dirty slots to handles that wait to be claimed, and frees all
+// others. Nobody else uses the cache yet.
+func (c *Cache) adopt(entries []entry) error {
+	next := 0
+	for i := range slotIndex(c.arena.slots) {
+		if next == len(entries) || entries[next].slot != i {
+			if c.arena.state(i).kind() != kindFree {
+				c.arena.unpublish(i)
+			}
+			continue
+		}
+		e := entries[next]
+		next++
+		h := c.unclaimed[e.id]
+		if h == nil {
+			h = newHandle(c, nil, HandleOptions{ID: e.id, SliceBytes: e.length, Classes: maxClasses})
+			h.unclaimed.Store(true)
+			if err := c.addLocked(h); err != nil {
+				return err
+			}
+			c.unclaimed[e.id] = h
+		}
+		c.sets[i/ways].keys[i%ways].Store(uint64(h.key(e.off)))
+		c.slots[i] = slot{off: e.off, item: noItem}
+		h.dirty[e.class].push(c.slots, i)
+		h.ndirty.Add(1)
+		h.adopted++
+		h.counters.tables.Add(1)
+	}
+	return nil
+}
+
+// An Unclaimed image is one whose dirty tables a predecessor left, and that is
+// not open yet.
+type Unclaimed struct {
+	ID     [16]byte
+	Tables int
+}
+
+// Unclaimed lists the images whose tables wait for Open or Forget.
+func (c *Cache) Unclaimed() []Unclaimed {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var us []Unclaimed
+	for id, h := range c.unclaimed {
+		us = append(us, Unclaimed{ID: id, Tables: h.DirtyTables()})
+	}
+	return us
+}
+
+// Forget drops the tables that a predecessor left for an image that will not
+// be opened again. It does nothing if there are none.
+func (c *Cache) Forget(id [16]byte) error {
+	c.mu.Lock()
+	h := c.unclaimed[id]
+	delete(c.unclaimed, id)
+	c.mu.Unlock()
+	if h == nil {
+		return nil
+	}
+	return h.Discard()
+}
+
+// claimLocked gives h, which a takeover has made, to the opener of its image.
+func (c *Cache) claimLocked(h *Handle, f File, o HandleOptions) error {
+	if o.SliceBytes != h.o.SliceBytes {
+		return fmt.Errorf("%w: slice of %d bytes: the tables that a predecessor left have %d", ErrInvalid, o.SliceBytes, h.o.SliceBytes)
+	}
+	for class := o.Classes; class < maxClasses; class++ {
+		if h.dirty[class].n > 0 {
+			return fmt.Errorf("%w: %d classes: a predecessor left tables of class %d", ErrInvalid, o.Classes, class)
+		}
+	}
+	h.f, h.o = f, o
+	delete(c.unclaimed, o.ID)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.unclaimed.Store(false)
+	c.addDirty(h.DirtyTables())
+	return nil
+}
+
+// Adopted returns the number of dirty tables that a predecessor had left for
+// this image when it was opened. If it is 0, the file is as the predecessor wrote it.
+func (h *Handle) Adopted() int { return h.adopted }
