@@ -241,6 +241,7 @@ func TestMalformedSnapshotTable(t *testing.T) {
 		{"L1OverActive", 0, 8, uint64(l.l1)},
 		{"L1Huge", 8, 4, 0x10000000},
 		{"ExtraHuge", 36, 4, 0x7fffffff},
+		{"SizeHuge", 48, 8, 1<<64 - 1},
 		{"IDRunsOut", 12, 2, 0xffff},
 		{"NameRunsOut", 14, 2, 0xffff},
 	} {
@@ -250,6 +251,16 @@ func TestMalformedSnapshotTable(t *testing.T) {
 			refuse(t, d, qcow2.ErrCorrupt, nil)
 		})
 	}
+}
+
+// TestMalformedSnapshotSize asks for a snapshot whose L1 table does not cover
+// its virtual size.
+func TestMalformedSnapshotSize(t *testing.T) {
+	good, l := goodImage(t, qcow2.CreateOptions{})
+	put(good, l.snapshots+48, 8, 1<<62)
+	refuse(t, good.Clone(), qcow2.ErrCorrupt, func(im *qcow2.Image) error { return im.ApplySnapshot(t.Context(), "s") })
+	_, err := qcow2.Open(t.Context(), good, qcow2.Options{ReadOnly: true, Snapshot: "s"})
+	wantErrorIs(t, err, qcow2.ErrCorrupt)
 }
 
 // TestMalformedTables spoils L1, L2 and refcount tables, and then does what

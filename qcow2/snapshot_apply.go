@@ -34,8 +34,11 @@ func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
 	if records[at].diskSize != 0 {
 		size = int64(records[at].diskSize)
 	}
-	for int64(len(entries)) < im.geo.l1EntriesFor(size) {
-		entries = append(entries, 0)
+	if need := im.geo.l1EntriesFor(size); need > int64(len(entries)) {
+		if records[at].diskSize != 0 {
+			return corruptf("snapshot L1 table", records[at].l1Offset, "%d entries do not cover the snapshot's %d bytes", len(entries), records[at].diskSize)
+		}
+		entries = append(entries, make([]uint64, need-int64(len(entries)))...)
 	}
 	ctx = context.WithoutCancel(ctx)
 	// The state that comes back may refer to clusters that wait in the

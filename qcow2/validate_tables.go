@@ -49,13 +49,15 @@ func validateTables(f File, h *header) error {
 	return nil
 }
 
-// validateL1 checks the place of the snapshot's L1 table.
+// validateL1 checks the place of the snapshot's L1 table, and the size of the disk it maps.
 func (s *snapshotRecord) validateL1(g *geometry) error {
 	switch {
 	case !g.aligned(s.l1Offset) || s.l1Offset >= maxHostOffset:
 		return corruptf("snapshot L1 table", s.l1Offset, "the offset in snapshot %q is not a multiple of the cluster size %d below 2^56", s.id, g.clusterSize)
 	case int64(s.l1Size)*entryBytes > maxL1Bytes:
 		return corruptf("snapshot L1 table", s.l1Offset, "%d entries in snapshot %q, more than %d", s.l1Size, s.id, maxL1Bytes/entryBytes)
+	case s.diskSize > maxVirtualSize:
+		return corruptf("snapshot L1 table", s.l1Offset, "the virtual size %d of snapshot %q is beyond the limit %d", s.diskSize, s.id, int64(maxVirtualSize))
 	}
 	return nil
 }
