@@ -88,26 +88,28 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 			return nil, errors.Join(err, file.Close())
 		}
 	}
+	if unclean {
+		if err := repairLeaks(ctx, file); err != nil {
+			return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
+		}
+	}
 	im, err := qcow2.Open(ctx, file, qcow2.Options{Cache: p.opts.Cache, OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard})
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
 	}
-	if unclean {
-		err = repairLeaks(ctx, im)
-	}
-	if err == nil && im.Size() != rec.Size {
-		err = p.updateRecord(e, func(r *volumeRecord) { r.Size = im.Size() })
-	}
-	if err != nil {
-		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, im.Close()))
+	// The header is the truth when a resize and its record were torn apart.
+	if im.Size() != rec.Size {
+		if err := p.updateRecord(e, func(r *volumeRecord) { r.Size = im.Size() }); err != nil {
+			return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, im.Close()))
+		}
 	}
 	return im, nil
 }
 
 // repairLeaks checks an image whose last user died and gives lost clusters
 // back. It leaves corruptions alone: repairing them can lose data.
-func repairLeaks(ctx context.Context, im *qcow2.Image) error {
-	res, err := im.Check(ctx, qcow2.CheckOptions{RepairLeaks: true})
+func repairLeaks(ctx context.Context, file qcow2.File) error {
+	res, err := qcow2.CheckFile(ctx, file, qcow2.CheckOptions{RepairLeaks: true})
 	switch {
 	case err != nil:
 		return fmt.Errorf("check after an unclean end: %w", err)
