@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -17,6 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+var killOps = flag.Uint64("kill-ops", 150, "operations of TestKillPoints; each has some ten states")
 
 // A killRun runs random operations on two images in a tiny file arena, and
 // at stores into the arena looks at what a kill just then would leave: a
@@ -139,7 +142,7 @@ func TestKillPoints(t *testing.T) {
 		r.files[i] = newRecorder(killTables * killSlice)
 		hs[i] = killHandle(t, c, i, r.files[i])
 	}
-	for n := range uint64(600) {
+	for n := range *killOps {
 		image, table, word := r.rnd.IntN(2), r.rnd.IntN(killTables), r.rnd.IntN(killWords)
 		h, class, off := hs[image], Class(table%3), int64(table)*killSlice
 		r.doing = killOp{image: -1}
