@@ -23,8 +23,15 @@ func readZeroed(f File, p []byte, off HostOffset) error {
 	return nil
 }
 
-// readEntries returns n big endian entries at off. n is bounded by the caller.
+// entriesInFile returns how many of n entries at off the file has; the others
+// read as zeroes. A table costs no more than what is there of it.
+func entriesInFile(fileBytes int64, off HostOffset, n int64) int64 {
+	return min(n, max(0, fileBytes-int64(off)+entryBytes-1)/entryBytes)
+}
+
+// readEntries returns the big endian entries at off, n or as many as the file has.
 func (c *checker) readEntries(off HostOffset, n int64) ([]uint64, error) {
+	n = entriesInFile(c.fileBytes, off, n)
 	b := make([]byte, n*entryBytes)
 	if err := readZeroed(c.f, b, off); err != nil {
 		return nil, fmt.Errorf("qcow2: table at %#x: %w", uint64(off), err)

@@ -14,7 +14,7 @@ func (c *checker) countAll() error {
 		done++
 		c.progress(0.8 * done / total)
 	}
-	if err := c.countL1(c.h.l1Offset, c.l1, true, step); err != nil {
+	if err := c.countL1(c.h.l1Offset, c.h.l1Size, c.l1, true, step); err != nil {
 		return err
 	}
 	for i := range c.snapshots {
@@ -77,10 +77,11 @@ func (c *checker) addBeyond(off HostOffset, bytes int64) {
 	c.beyond = append(c.beyond, r)
 }
 
-// countL1 counts an L1 table, its L2 tables and all that they map. active
-// says that it is the image's own one, not that of a snapshot.
-func (c *checker) countL1(off HostOffset, l1 []uint64, active bool, step func()) error {
-	c.addTable(off, int64(len(l1))*entryBytes)
+// countL1 counts an L1 table of size entries, of which l1 are in the file, its
+// L2 tables and all that they map. active says that it is the image's own one,
+// not that of a snapshot.
+func (c *checker) countL1(off HostOffset, size uint32, l1 []uint64, active bool, step func()) error {
+	c.addTable(off, int64(size)*entryBytes)
 	var offs []HostOffset
 	var indexes []int32
 	for i, e := range l1 {

@@ -25,6 +25,10 @@ func (c *checker) countSnapshot(s *snapshotRecord, step func()) error {
 		c.problem(false, s.l1Offset, "ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted",
 			s.id, s.name, uint64(s.l1Offset))
 		return nil
+	case s.l1Offset >= maxHostOffset:
+		c.problem(false, s.l1Offset, "ERROR snapshot %s (%s) l1_offset=%#x: L1 table is outside image; snapshot table entry corrupted",
+			s.id, s.name, uint64(s.l1Offset))
+		return nil
 	case int64(s.l1Size)*entryBytes > maxL1Bytes:
 		c.problem(false, s.l1Offset, "ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted",
 			s.id, s.name, s.l1Size)
@@ -34,7 +38,7 @@ func (c *checker) countSnapshot(s *snapshotRecord, step func()) error {
 	if err != nil {
 		return err
 	}
-	return c.countL1(s.l1Offset, l1, false, step)
+	return c.countL1(s.l1Offset, s.l1Size, l1, false, step)
 }
 
 // countRefcountStructure counts the refcount table and its blocks. It comes
@@ -46,7 +50,7 @@ func (c *checker) countRefcountStructure() {
 		c.inStructure = false
 		c.structural = c.res.Corruptions - before
 	}()
-	c.addTable(c.h.refcountTableOffset, int64(len(c.reftable))*entryBytes)
+	c.addTable(c.h.refcountTableOffset, int64(c.h.refcountTableClusters)*c.g.clusterSize)
 	for i := range hostCluster(c.h.refcountTableClusters) {
 		if c.counts.references(c.g.hostCluster(c.h.refcountTableOffset)+i) > 1 {
 			c.broken = true // qemu-img raises the refcount and goes on writing there

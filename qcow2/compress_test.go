@@ -102,7 +102,7 @@ func TestDecompressQemu(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c := checker{f: d, g: h.geometry()}
+		c := checker{f: d, g: h.geometry(), fileBytes: 1 << 40}
 		l1, err := c.readEntries(h.l1Offset, 1)
 		if err != nil {
 			t.Fatal(err)

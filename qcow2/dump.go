@@ -17,8 +17,12 @@ func Dump(ctx context.Context, w io.Writer, f File) error {
 	if err != nil {
 		return err
 	}
+	fileBytes, err := f.Size()
+	if err != nil {
+		return err
+	}
 	out := bufio.NewWriter(w)
-	d := &dumper{ctx: ctx, w: out, f: f, h: h, g: h.geometry()}
+	d := &dumper{ctx: ctx, w: out, f: f, fileBytes: fileBytes, h: h, g: h.geometry()}
 	d.header()
 	d.refcounts()
 	d.l1("L1", h.l1Offset, h.l1Size)
@@ -40,6 +44,8 @@ type dumper struct {
 	h   *header
 	g   geometry
 	err error
+
+	fileBytes int64
 }
 
 // read returns n bytes at off, or nil after an error.
@@ -55,6 +61,11 @@ func (d *dumper) read(off HostOffset, n int64) []byte {
 		return nil
 	}
 	return b
+}
+
+// table returns the entries at off, n or as many as the file has.
+func (d *dumper) table(off HostOffset, n int64) []byte {
+	return d.read(off, entriesInFile(d.fileBytes, off, n)*entryBytes)
 }
 
 func (d *dumper) title(format string, args ...any) { fmt.Fprintf(d.w, "\n"+format+"\n", args...) }
@@ -109,8 +120,8 @@ func (d *dumper) header() {
 
 func (d *dumper) refcounts() {
 	d.title("refcount table at %#x", uint64(d.h.refcountTableOffset))
-	table := d.read(d.h.refcountTableOffset, int64(d.h.refcountTableClusters)*d.g.clusterSize)
-	for i := 0; i+entryBytes <= len(table); i += entryBytes {
+	table := d.table(d.h.refcountTableOffset, int64(d.h.refcountTableClusters)<<(d.g.clusterBits-entryBits))
+	for i := 0; i < len(table); i += entryBytes {
 		e := binary.BigEndian.Uint64(table[i:])
 		if e == 0 {
 			continue
@@ -142,7 +153,7 @@ func (d *dumper) refblock(off HostOffset, base hostCluster) {
 // l1 writes an L1 table and its L2 tables.
 func (d *dumper) l1(name string, off HostOffset, entries uint32) {
 	d.title("%s table at %#x, %d entries", name, uint64(off), entries)
-	table := d.read(off, int64(entries)*entryBytes)
+	table := d.table(off, int64(entries))
 	for i := 0; i < len(table); i += entryBytes {
 		if e := l1Entry(binary.BigEndian.Uint64(table[i:])); e != 0 {
 			d.field(off+HostOffset(i), entryBytes, fmt.Sprintf("%s[%d]", name, i/entryBytes), "L2 table at %#x%s%s",
