@@ -8,8 +8,9 @@ import (
 	"unsafe"
 )
 
-// chunkBytes bounds the copies of one class that a pass holds.
-const chunkBytes = 4 << 20
+// chunkTables bounds the copies of one class that a pass holds, to 4 MiB, and
+// the time that it takes to sort them under the handle's lock.
+const chunkTables = 1024
 
 // keptBytes is the size of the copy buffers that a handle keeps from pass to pass.
 const keptBytes = 64 << 10
@@ -133,7 +134,7 @@ func (h *Handle) settle(c Class) error {
 	base := len(h.items)
 	h.mu.Unlock()
 	for first := true; first || left > 0; first = false {
-		n := h.take(c, min(left, chunkBytes/h.o.SliceBytes))
+		n := h.take(c, min(left, chunkTables))
 		if n == 0 {
 			left = 0 // the rest was dropped
 		}

@@ -136,7 +136,7 @@ func TestPassIsShared(t *testing.T) {
 // operations, a table of class 1 is written only when all of class 0 that were
 // dirty are durable, and memory is bounded.
 func TestHugePass(t *testing.T) {
-	const n = 2*chunkBytes/slotBytes + 100
+	const n = 2*chunkTables + 100
 	f := newRecorder(0)
 	h := open(t, newCache(t, 32*n*slotBytes), f, HandleOptions{Classes: 2})
 	const class1 = int64(n) * 2 * slotBytes
@@ -157,8 +157,8 @@ func TestHugePass(t *testing.T) {
 	}
 	f.onSync = func() error { synced = true; return nil }
 	writeBack(t, h)
-	if largest != chunkBytes {
-		t.Errorf("largest write %d bytes, want %d", largest, chunkBytes)
+	if largest != chunkTables*slotBytes {
+		t.Errorf("largest write %d bytes, want %d", largest, chunkTables*slotBytes)
 	}
 	if h.DirtyTables() != 0 || len(f.data) != int(class1)+n*slotBytes {
 		t.Errorf("%d dirty tables, file of %d bytes", h.DirtyTables(), len(f.data))
