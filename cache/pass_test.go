@@ -224,3 +224,42 @@ func TestRunCleansBeforeSetsAreFull(t *testing.T) {
 		}
 	})
 }
+
+// TestPassInsideStore runs a whole pass just before each of the two stores into
+// the arena that a Table.Store makes: of the content and of the state.
+func TestPassInsideStore(t *testing.T) {
+	for n := range 2 {
+		var h *Handle
+		left := -1
+		c, err := New(Options{Bytes: minBytes, OnStore: func() {
+			if left--; left == -1 {
+				writeBack(t, h)
+			}
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := newRecorder(4096)
+		if h, err = c.Open(f, HandleOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		tab := get(t, h, 0, 0)
+		tab.Store(0, 1)
+		left = n
+		tab.Store(0, 2)
+		tab.Unpin()
+		if left >= 0 {
+			t.Errorf("store %d was not reached", n)
+		}
+		if got := h.Stats().Passes; got != 1 {
+			t.Errorf("%d passes, want 1", got)
+		}
+		writeBack(t, h)
+		if got := f.word(0); got != 2 {
+			t.Errorf("a pass before store %d: the file holds %d, want 2", n, got)
+		}
+		if err := errors.Join(h.Close(), c.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}
