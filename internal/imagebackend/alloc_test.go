@@ -4,14 +4,13 @@ import (
 	"testing"
 
 	"csi-qcow2/internal/imagebackend"
-	"csi-qcow2/internal/imagefile"
 )
 
 // TestRequestsAllocateNothing checks the path from a request to the host file:
 // reads and writes in place.
 func TestRequestsAllocateNothing(t *testing.T) {
 	for _, format := range []string{"raw", "qcow2"} {
-		b := imagebackend.New(openImage(t, imagefile.Options{Format: format}, "16M"), imagebackend.Options{})
+		b := imagebackend.New(newImage(t, imageKind{format: format}, "16M"), imagebackend.Options{})
 		p := make([]byte, 4096)
 		for off := int64(0); off < 1<<20; off += 4096 {
 			if _, err := b.WriteAt(p, off); err != nil {

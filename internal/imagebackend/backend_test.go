@@ -1,6 +1,7 @@
 package imagebackend_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -8,31 +9,54 @@ import (
 	"testing"
 
 	"csi-qcow2/internal/imagebackend"
-	"csi-qcow2/internal/imagefile"
 	"csi-qcow2/internal/qemutest"
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/nbdexport/nbdtest"
 	"csi-qcow2/qcow2"
 )
 
-// openImage makes an image with qemu-img and opens it; the test's end closes
-// and checks it.
-func openImage(t *testing.T, o imagefile.Options, size string, args ...string) qcow2.Disk {
+// An imageKind is how a test wants its image made and opened.
+type imageKind struct {
+	format   string
+	create   []string // options of qemu-img create
+	readOnly bool
+}
+
+// newImage makes an image of size with qemu-img and opens it; the test's end
+// closes and checks it.
+func newImage(t *testing.T, k imageKind, size string) qcow2.Disk {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk")
-	qemutest.Img(t, append(append([]string{"create", "-q", "-f", o.Format}, args...), path, size)...)
-	disk, _, err := imagefile.Open(t.Context(), path, o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	qemutest.Img(t, append(append([]string{"create", "-q", "-f", k.format}, k.create...), path, size)...)
+	disk := openImage(t, path, k, nil)
 	t.Cleanup(func() {
 		if err := disk.Close(); err != nil {
 			t.Errorf("close: %v", err)
 		}
-		if o.Format == "qcow2" {
+		if k.format == "qcow2" {
 			qemutest.Check(t, path)
 		}
 	})
+	return disk
+}
+
+// openImage opens an image; the caller closes it.
+func openImage(t *testing.T, path string, k imageKind, backing qcow2.BackingOpener) qcow2.Disk {
+	t.Helper()
+	f, err := qcow2.OpenFile(path, qcow2.FileOptions{ReadOnly: k.readOnly})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var disk qcow2.Disk
+	if k.format == "raw" {
+		disk, err = qcow2.OpenRaw(f, qcow2.RawOptions{ReadOnly: k.readOnly, PassDiscard: true})
+	} else {
+		disk, err = qcow2.Open(t.Context(), f, qcow2.Options{ReadOnly: k.readOnly, PassDiscard: true, OpenBacking: backing})
+	}
+	if err != nil {
+		f.Close()
+		t.Fatal(err)
+	}
 	return disk
 }
 
@@ -51,7 +75,7 @@ func TestBackendConforms(t *testing.T) {
 	} {
 		t.Run(fmt.Sprint(tt.format, tt.args, tt.opts), func(t *testing.T) {
 			nbdtest.TestBackend(t, func(t *testing.T) nbdexport.Backend {
-				return imagebackend.New(openImage(t, imagefile.Options{Format: tt.format, Discard: true}, "5M", tt.args...), tt.opts)
+				return imagebackend.New(newImage(t, imageKind{format: tt.format, create: tt.args}, "5M"), tt.opts)
 			})
 		})
 	}
@@ -59,7 +83,7 @@ func TestBackendConforms(t *testing.T) {
 
 func TestReadOnlyIsEPERM(t *testing.T) {
 	for _, format := range []string{"raw", "qcow2"} {
-		b := imagebackend.New(openImage(t, imagefile.Options{Format: format, ReadOnly: true}, "1M"), imagebackend.Options{})
+		b := imagebackend.New(newImage(t, imageKind{format: format, readOnly: true}, "1M"), imagebackend.Options{})
 		for what, err := range map[string]error{
 			"write":   func() error { _, err := b.WriteAt(make([]byte, 512), 0); return err }(),
 			"zeroes":  b.WriteZeroes(0, 512, true),
@@ -117,7 +141,7 @@ func TestFastZero(t *testing.T) {
 		{"qcow2", nil, true},
 		{"qcow2", []string{"-o", "compat=0.10"}, false},
 	} {
-		b := imagebackend.New(openImage(t, imagefile.Options{Format: tt.format}, "1M", tt.args...), imagebackend.Options{})
+		b := imagebackend.New(newImage(t, imageKind{format: tt.format, create: tt.args}, "1M"), imagebackend.Options{})
 		err := b.WriteZeroesFast(0, 65536, true)
 		if got := err == nil; got != tt.want || !tt.want && !errors.Is(err, syscall.EOPNOTSUPP) {
 			t.Errorf("%s %v: %v: want fast %v", tt.format, tt.args, err, tt.want)
@@ -126,7 +150,7 @@ func TestFastZero(t *testing.T) {
 }
 
 func TestIgnoreDiscard(t *testing.T) {
-	b := imagebackend.New(openImage(t, imagefile.Options{Format: "qcow2", Discard: true}, "1M"), imagebackend.Options{IgnoreDiscard: true})
+	b := imagebackend.New(newImage(t, imageKind{format: "qcow2"}, "1M"), imagebackend.Options{IgnoreDiscard: true})
 	p := []byte("precious")
 	if _, err := b.WriteAt(p, 0); err != nil {
 		t.Fatal(err)
@@ -147,10 +171,10 @@ func TestDepthOfABackingChain(t *testing.T) {
 	qemutest.IO(t, base, "write -P 1 0 64k", "write -P 2 128k 64k")
 	qemutest.Img(t, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
 	qemutest.IO(t, top, "write -P 3 0 64k")
-	disk, _, err := imagefile.Open(t.Context(), top, imagefile.Options{Format: "qcow2", ReadOnly: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	kind := imageKind{format: "qcow2", readOnly: true}
+	disk := openImage(t, top, kind, func(context.Context, string, string) (qcow2.Disk, error) {
+		return openImage(t, base, kind, nil), nil
+	})
 	defer disk.Close()
 	b := imagebackend.New(disk, imagebackend.Options{})
 	for _, tt := range []struct {
