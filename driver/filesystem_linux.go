@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"golang.org/x/sys/unix"
 )
 
 // The programs behind Host.Format, Check and Grow, with their arguments. The
@@ -34,7 +36,12 @@ func (linuxHost) Check(ctx context.Context, fstype, device string) error {
 	if fstype != fsExt4 {
 		return nil
 	}
-	err := runTool(ctx, "e2fsck", "-p", "--", device)
+	return checkExt4(ctx, device)
+}
+
+// checkExt4 runs e2fsck with further flags.
+func checkExt4(ctx context.Context, device string, flags ...string) error {
+	err := runTool(ctx, "e2fsck", append(append([]string{"-p"}, flags...), "--", device)...)
 	var tool *ToolError
 	if errors.As(err, &tool) && tool.Status > 0 && tool.Status&^(fsckFixed|fsckReboot) == 0 {
 		return nil
@@ -42,12 +49,33 @@ func (linuxHost) Check(ctx context.Context, fstype, device string) error {
 	return err
 }
 
-// Grow implements Host. Both programs do nothing when there is nothing to do.
+// GrowsMounted implements Host. The kernel wants CAP_SYS_RESOURCE for ext4 (see
+// ext4_resize_begin), which even root lacks in some containers.
+func (linuxHost) GrowsMounted(fstype string) bool {
+	if fstype != fsExt4 {
+		return true
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return false
+	}
+	return data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+}
+
+// Grow implements Host. The programs do nothing when there is nothing to do.
+// Growing a mounted filesystem is a transaction of its journal; of an unmounted
+// ext4 it is not, and resize2fs wants a full check before it.
 func (linuxHost) Grow(ctx context.Context, fstype, device, mountpoint string) error {
-	switch fstype {
-	case fsExt4:
+	switch {
+	case fstype == fsExt4 && mountpoint != "":
 		return runTool(ctx, "resize2fs", "--", device)
-	case fsXFS:
+	case fstype == fsExt4:
+		if err := checkExt4(ctx, device, "-f"); err != nil {
+			return err
+		}
+		return runTool(ctx, "resize2fs", "--", device)
+	case fstype == fsXFS && mountpoint != "":
 		return runTool(ctx, "xfs_growfs", "-d", "--", mountpoint)
 	}
 	return fmt.Errorf("%w: filesystem %q", errInvalid, fstype)

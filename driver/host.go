@@ -18,7 +18,10 @@ type Host interface {
 	Format(ctx context.Context, fstype, device string) error
 	// Check repairs what can be repaired without loss, and fails otherwise.
 	Check(ctx context.Context, fstype, device string) error
-	// Grow makes the mounted filesystem as large as its device.
+	// GrowsMounted reports whether this process may grow a mounted fstype.
+	GrowsMounted(fstype string) bool
+	// Grow makes a filesystem as large as its device. It is mounted at
+	// mountpoint, or not mounted when that is "".
 	Grow(ctx context.Context, fstype, device, mountpoint string) error
 	// Sync writes back the filesystem mounted at path.
 	Sync(path string) error

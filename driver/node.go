@@ -94,5 +94,10 @@ func (d *Driver) growStaged(ctx context.Context, v *stagedVolume, size int64) er
 	if len(mounts) == 0 {
 		return fmt.Errorf("%w: volume %s is not mounted at %q", errPrecondition, v.hint.Volume, v.hint.StagingPath)
 	}
-	return d.opts.Host.Grow(ctx, mounts[len(mounts)-1].Type, v.device.Path(), v.hint.StagingPath)
+	fstype := mounts[len(mounts)-1].Type
+	err = d.opts.Host.Grow(ctx, fstype, v.device.Path(), v.hint.StagingPath)
+	if err != nil && !d.opts.Host.GrowsMounted(fstype) {
+		return fmt.Errorf("%w: this process lacks CAP_SYS_RESOURCE, which growing a mounted %s needs; it grows when the volume is staged again: %w", errPrecondition, fstype, err)
+	}
+	return err
 }

@@ -1,0 +1,189 @@
+package sanity
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// A kubelet drives a process as a node's kubelet does.
+type kubelet struct {
+	p    *process
+	conn *grpc.ClientConn
+	csi.ControllerClient
+	csi.NodeClient
+}
+
+func newKubelet(p *process) *kubelet {
+	p.t.Helper()
+	conn, err := grpc.NewClient("unix://"+p.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { conn.Close() })
+	return &kubelet{p, conn, csi.NewControllerClient(conn), csi.NewNodeClient(conn)}
+}
+
+// rpc returns a context in which no call may hang.
+func (k *kubelet) rpc() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	k.p.t.Cleanup(cancel)
+	return ctx
+}
+
+func capability(fstype string) *csi.VolumeCapability {
+	c := &csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER}}
+	if fstype == "" {
+		c.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
+	} else {
+		c.AccessType = &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fstype}}
+	}
+	return c
+}
+
+func (k *kubelet) create(name string, mib int64, source *csi.VolumeContentSource, fstype string) string {
+	k.p.t.Helper()
+	resp, err := k.CreateVolume(k.rpc(), &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: mib << 20},
+		VolumeCapabilities: []*csi.VolumeCapability{capability(fstype)}, VolumeContentSource: source})
+	if err != nil {
+		k.p.t.Fatalf("create %s: %v", name, err)
+	}
+	return resp.GetVolume().GetVolumeId()
+}
+
+func fromSnapshot(id string) *csi.VolumeContentSource {
+	return &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: id}}}
+}
+
+func fromVolume(id string) *csi.VolumeContentSource {
+	return &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: id}}}
+}
+
+func (k *kubelet) staging(name string) string { return k.p.path("staging-" + name) }
+func (k *kubelet) target(name string) string  { return filepath.Join(k.p.dir, "pods", name, "volume") }
+
+func (k *kubelet) stage(name, id, fstype string) error {
+	if err := os.MkdirAll(k.staging(name), 0o700); err != nil {
+		return err
+	}
+	_, err := k.NodeStageVolume(k.rpc(), &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: k.staging(name), VolumeCapability: capability(fstype)})
+	return err
+}
+
+func (k *kubelet) publish(name, id, fstype string) error {
+	if err := os.MkdirAll(filepath.Dir(k.target(name)), 0o700); err != nil {
+		return err
+	}
+	_, err := k.NodePublishVolume(k.rpc(), &csi.NodePublishVolumeRequest{VolumeId: id, StagingTargetPath: k.staging(name),
+		TargetPath: k.target(name), VolumeCapability: capability(fstype)})
+	return err
+}
+
+// use stages and publishes.
+func (k *kubelet) use(name, id, fstype string) {
+	k.p.t.Helper()
+	if err := errors.Join(k.stage(name, id, fstype), k.publish(name, id, fstype)); err != nil {
+		k.p.t.Fatalf("use %s: %v", name, err)
+	}
+}
+
+func (k *kubelet) unuse(name, id string) {
+	k.p.t.Helper()
+	_, err := k.NodeUnpublishVolume(k.rpc(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: k.target(name)})
+	if err == nil {
+		_, err = k.NodeUnstageVolume(k.rpc(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: k.staging(name)})
+	}
+	if err != nil {
+		k.p.t.Fatalf("unuse %s: %v", name, err)
+	}
+}
+
+func (k *kubelet) deleteVolume(id string) {
+	k.p.t.Helper()
+	if _, err := k.DeleteVolume(k.rpc(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+		k.p.t.Fatalf("delete %s: %v", id, err)
+	}
+}
+
+func (k *kubelet) snapshot(name, id string) string {
+	k.p.t.Helper()
+	resp, err := k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: id})
+	if err != nil {
+		k.p.t.Fatalf("snapshot %s: %v", name, err)
+	}
+	return resp.GetSnapshot().GetSnapshotId()
+}
+
+// finish deletes nothing more: the pool must be empty, the end clean.
+func (k *kubelet) finish() {
+	k.p.t.Helper()
+	k.p.wait("the pool to be empty", func() bool { return len(volumes(k.p.t, k.p)) == 0 })
+	if err := k.p.signal(syscall.SIGTERM); err != nil {
+		k.p.t.Errorf("SIGTERM: %v", err)
+	}
+	k.p.wantNothingLeft()
+}
+
+// writeFile writes and syncs a file.
+func writeFile(t *testing.T, path string, content []byte) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(content)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantFile(t *testing.T, path string, content []byte) {
+	t.Helper()
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("%s: %d bytes, %v; want %d bytes as written", path, len(got), err, len(content))
+	}
+}
+
+func writeDevice(t *testing.T, path string, content []byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt(content, 0)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantDevice(t *testing.T, path string, content []byte) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := make([]byte, len(content))
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, content) {
+		t.Fatalf("%s: %v, or other bytes than were written", path, err)
+	}
+}
+
+// sizeOf returns the size of the filesystem at path, in bytes.
+func sizeOf(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return int64(st.Blocks) * st.Bsize
+}

@@ -1,0 +1,165 @@
+package sanity
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// TestKilledWithVolumesStaged kills the process under two mounted filesystems and a raw
+// device. The next one reports them, hangs nowhere, and repairs them when they are staged again.
+func TestKilledWithVolumesStaged(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	content := bytes.Repeat([]byte("qcow2"), 100000)
+	fstypes := map[string]string{"ext4": "ext4", "xfs": "xfs", "block": "", "gone": "ext4"}
+	ids := make(map[string]string)
+	for name, fstype := range fstypes {
+		ids[name] = k.create(name, 512, nil, fstype)
+		k.use(name, ids[name], fstype)
+		if fstype != "" {
+			writeFile(t, k.target(name)+"/f", content)
+		} else {
+			writeDevice(t, k.target(name), content[:4096*100])
+		}
+	}
+	if err := p.signal(syscall.SIGKILL); err == nil {
+		t.Fatal("the process ended well after SIGKILL")
+	}
+	p.start()
+
+	for name, id := range ids {
+		health, err := k.NodeGetVolumeHealth(k.rpc(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		if err != nil || len(health.GetVolumeHealth().GetHealthStatuses()) != 1 ||
+			health.GetVolumeHealth().GetHealthStatuses()[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE {
+			t.Errorf("%s: health %v, %v; want INACCESSIBLE", name, health, err)
+		}
+		begin := time.Now()
+		_, err = k.NodeGetVolumeStats(k.rpc(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: k.target(name)})
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("%s: stats: %v, want UNAVAILABLE", name, err)
+		}
+		if took := time.Since(begin); took > deadline/2 {
+			t.Errorf("%s: stats took %s", name, took)
+		}
+		if err := k.publish(name, id, fstypes[name]); status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("%s: publish: %v, want FAILED_PRECONDITION", name, err)
+		}
+		if _, err := k.DeleteVolume(k.rpc(), &csi.DeleteVolumeRequest{VolumeId: id}); status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("%s: delete: %v, want FAILED_PRECONDITION", name, err)
+		}
+	}
+	list, err := k.ControllerListVolumeHealth(k.rpc(), &csi.ControllerListVolumeHealthRequest{})
+	if err != nil || len(list.GetEntries()) != len(ids) {
+		t.Errorf("list of health: %d entries, %v; want %d", len(list.GetEntries()), err, len(ids))
+	}
+
+	k.unuse("gone", ids["gone"]) // one is given up, the others are staged again
+	k.deleteVolume(ids["gone"])
+	delete(ids, "gone")
+	for name, id := range ids {
+		k.use(name, id, fstypes[name])
+		k.use(name, id, fstypes[name])
+		if fstypes[name] != "" {
+			wantFile(t, k.target(name)+"/f", content)
+			writeFile(t, k.target(name)+"/g", content)
+		} else {
+			wantDevice(t, k.target(name), content[:4096*100])
+		}
+		health, err := k.NodeGetVolumeHealth(k.rpc(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		if err != nil || len(health.GetVolumeHealth().GetHealthStatuses()) != 0 {
+			t.Errorf("%s: health after the repair: %v, %v", name, health, err)
+		}
+	}
+	if got := len(p.loops()); got != len(ids) {
+		t.Errorf("%d loop devices for %d volumes: %q", got, len(ids), p.loops())
+	}
+	for name, id := range ids {
+		k.unuse(name, id)
+		k.deleteVolume(id)
+	}
+	k.finish()
+}
+
+// TestStoppedWithVolumesStaged: SIGTERM flushes; the next process repairs.
+func TestStoppedWithVolumesStaged(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	id := k.create("v", 512, nil, "ext4")
+	k.use("v", id, "ext4")
+	writeFile(t, k.target("v")+"/f", []byte("hello"))
+	if err := p.signal(syscall.SIGTERM); err != nil {
+		t.Fatalf("SIGTERM with a staged volume: %v", err)
+	}
+	p.start()
+	k.use("v", id, "ext4")
+	wantFile(t, k.target("v")+"/f", []byte("hello"))
+	k.unuse("v", id)
+	k.deleteVolume(id)
+	k.finish()
+}
+
+// TestPodHoldsDeadMount: an open file keeps the old device; staging again works
+// beside it, and the old device goes when the file is closed.
+func TestPodHoldsDeadMount(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	id := k.create("v", 512, nil, "ext4")
+	k.use("v", id, "ext4")
+	writeFile(t, k.target("v")+"/f", []byte("hello"))
+	held, err := os.Open(k.target("v") + "/f")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	p.signal(syscall.SIGKILL)
+	p.start()
+	k.use("v", id, "ext4")
+	wantFile(t, k.target("v")+"/f", []byte("hello"))
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+	k.unuse("v", id)
+	k.deleteVolume(id)
+	if err := p.signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	p.start() // takes away what was held
+	k.finish()
+}
+
+// TestSecondProcessIsRefused: a pool and a run directory have one owner.
+func TestSecondProcessIsRefused(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	other := p.path("other")
+	if err := os.Mkdir(other, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ pool, run, want string }{
+		{p.pool(), p.path("run2"), "pool is in use by another process"},
+		{other, p.path("run"), "is in use by another process"},
+	} {
+		out, err := exec.Command(p.binary, "node", "--endpoint", "unix://"+p.path("b.sock"), "--pool", "default="+c.pool, "--run-dir", c.run, "--node-id", "n").CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 || !bytes.Contains(out, []byte(c.want)) {
+			t.Errorf("pool %s, run %s: %v\n%s", c.pool, c.run, err, out)
+		}
+	}
+	out, err := exec.Command(p.binary, "node", "--endpoint", "unix://"+p.socket(), "--pool", "default="+other, "--run-dir", p.path("run3"), "--node-id", "n").CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("served by another process")) {
+		t.Errorf("same socket: %v\n%s", err, out)
+	}
+	newKubelet(p).finish()
+}
