@@ -21,6 +21,8 @@ const (
 	// inLineBytes is the longest request that may be answered in line. The
 	// receive buffer holds its payload.
 	inLineBytes = 32 << 10
+	// drainTimeout bounds the wait for a client to take its last replies.
+	drainTimeout = 5 * time.Second
 	// maxWorkers bounds the goroutines of one connection that are in a backend.
 	maxWorkers = 16
 )
@@ -92,9 +94,9 @@ func newConn(nc net.Conn, b Backend, t terms, writeTimeout time.Duration) *conn 
 // serve serves until the client disconnects, ctx ends or the protocol is
 // broken. Then it answers what it has read and closes the connection.
 func (c *conn) serve(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() {
-		c.rx.conn.SetReadDeadline(time.Unix(1, 0)) // fails only when closed already
-	})
+	ended := make(chan struct{})
+	defer close(ended)
+	stop := context.AfterFunc(ctx, func() { c.interrupt(ended) })
 	defer stop()
 	err := c.receiveAll(ctx)
 	close(c.tasks)
@@ -110,6 +112,17 @@ func (c *conn) serve(ctx context.Context) error {
 		return err
 	}
 	return closeErr
+}
+
+// interrupt makes receiveAll stop, and closes the connection when the client
+// does not take its last replies soon.
+func (c *conn) interrupt(ended <-chan struct{}) {
+	c.rx.conn.SetReadDeadline(time.Unix(1, 0)) // fails only when closed already
+	select {
+	case <-ended:
+	case <-time.After(drainTimeout):
+		c.rx.conn.Close()
+	}
 }
 
 // receiveAll reads and starts requests until the stream ends.

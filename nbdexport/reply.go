@@ -1,6 +1,7 @@
 package nbdexport
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"syscall"
@@ -25,10 +26,14 @@ const (
 
 // wireErrorOf returns the number that tells err to a client: the one place
 // where errors of backends become errors of the protocol. An error without a
-// syscall.Errno in its tree is EIO, and so is an errno that the protocol lacks.
+// syscall.Errno in its tree is EIO, and so is an errno that the protocol lacks;
+// only the end of the server has a number of its own.
 func wireErrorOf(err error) wireError {
 	if err == nil {
 		return wireOK
+	}
+	if errors.Is(err, context.Canceled) {
+		return wireSHUTDOWN
 	}
 	var errno syscall.Errno
 	if !errors.As(err, &errno) {

@@ -6,6 +6,10 @@ import (
 	"time"
 )
 
+// batchCost is the cost from which a batch is not let grow: half of a socket's
+// usual send buffer.
+const batchCost = 128 << 10 // bytes
+
 // A batch is a run of encoded replies that are written with one system call.
 type batch struct {
 	head  []byte      // headers and other small parts, one after another
@@ -104,15 +108,21 @@ func (s *sender) refund(cost int) {
 	s.changed.Broadcast()
 }
 
-// open returns the pending batch for one more reply, and close must follow.
-func (s *sender) open() (b *batch, start int) {
+// compose returns the pending batch for one more reply or chunk, and the place
+// in its head where that starts. commit must follow.
+func (s *sender) compose() (b *batch, start int) {
 	s.mu.Lock()
 	return s.pending, len(s.pending.head)
 }
 
-// close ends the addition of a reply; cost returns with it.
-func (s *sender) close(cost int) {
+// commit ends what compose began. cost is returned when the batch is written.
+// A batch that has become long is written at once: the client may as well
+// begin with it, and it is still in the CPU's cache.
+func (s *sender) commit(cost int) {
 	s.pending.cost += cost
+	if s.pending.cost >= batchCost && !s.sending {
+		s.drainLocked()
+	}
 	s.mu.Unlock()
 }
 

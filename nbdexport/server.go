@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -119,11 +120,19 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		}
 		nc, err := l.Accept()
 		if err != nil {
-			if ctx.Err() != nil {
+			if ctx.Err() == nil && !outOfResources(err) {
+				l.Close()
+				return fmt.Errorf("nbdexport: accept: %w", err)
+			}
+			if slots != nil {
+				<-slots
+			}
+			select { // connections that end free resources; the client waits
+			case <-time.After(acceptPause):
+				continue
+			case <-ctx.Done():
 				return ctx.Err()
 			}
-			l.Close()
-			return fmt.Errorf("nbdexport: accept: %w", err)
 		}
 		conns.Add(1)
 		go func() { // ends with the connection, which ends with ctx
@@ -134,6 +143,20 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 		}()
 	}
+}
+
+// acceptPause is the time between attempts to accept while the process or the
+// machine is short of file descriptors or memory.
+const acceptPause = 100 * time.Millisecond
+
+// outOfResources reports whether err may go away without anybody's help.
+func outOfResources(err error) bool {
+	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // ServeConn performs the handshake and the transmission phase on nc, and

@@ -2,6 +2,7 @@ package nbdexport
 
 import (
 	"context"
+	"fmt"
 	"math"
 )
 
@@ -39,7 +40,7 @@ func (c *conn) handleBlockStatus(ctx context.Context, t *task) {
 	if c.out.admit(cost) != nil {
 		return
 	}
-	b, start := c.out.open()
+	b, start := c.out.compose()
 	for _, m := range metaContexts {
 		if list, ok := extents[m.id]; ok {
 			flags := uint16(0)
@@ -50,7 +51,17 @@ func (c *conn) handleBlockStatus(ctx context.Context, t *task) {
 		}
 	}
 	b.addHead(start)
-	c.out.close(t.cost + cost)
+	c.out.commit(t.cost + cost)
+}
+
+// blockStatus asks the backend, and checks the promise without which a loop
+// over extents might not end.
+func (c *conn) blockStatus(ctx context.Context, off, n uint64) (Extent, error) {
+	e, err := c.backend.BlockStatus(ctx, int64(off), int64(n))
+	if err == nil && (e.Len < 1 || uint64(e.Len) > n) {
+		return Extent{}, fmt.Errorf("nbdexport: backend reports an extent of %d bytes at %#x: want 1 to %d", e.Len, off, n)
+	}
+	return e, err
 }
 
 // statusExtents returns up to limit extents of the context id, from the start
@@ -63,7 +74,7 @@ func (c *conn) statusExtents(ctx context.Context, r *request, id metaContext, li
 	var list []statusExtent
 	end := r.off + r.n
 	for off, lookups := r.off, 0; off < end && lookups < maxStatusLookups; lookups++ {
-		e, err := c.backend.BlockStatus(ctx, int64(off), int64(min(end-off, longest)))
+		e, err := c.blockStatus(ctx, off, min(end-off, longest))
 		if err != nil {
 			return nil, err
 		}

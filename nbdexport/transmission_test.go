@@ -2,6 +2,7 @@ package nbdexport_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -41,11 +42,10 @@ func read(c *nbdtest.Client, off, n uint64) nbdtest.Reply {
 }
 
 func randomBytes(seed uint64, n int) []byte {
-	rng := rand.New(rand.NewPCG(seed, 0))
+	var key [32]byte
+	binary.BigEndian.PutUint64(key[:], seed)
 	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(rng.Uint32())
-	}
+	rand.NewChaCha8(key).Read(b) // never fails
 	return b
 }
 

@@ -1,0 +1,142 @@
+package nbdexport
+
+import (
+	"context"
+	"net"
+	"syscall"
+)
+
+// sparseBytes is the shortest read for which asking for holes pays.
+const sparseBytes = 64 << 10
+
+// readInLine answers a read of at most inLineBytes.
+func (c *conn) readInLine(r *request) error {
+	buf := newBuffer(int(r.n))
+	cost := requestCost + len(buf.b)
+	if err := c.out.admit(cost); err != nil {
+		buf.release()
+		return err
+	}
+	c.readWhole(r, buf, cost)
+	return nil
+}
+
+// readWhole answers a read with one piece of data, which it reads into buf.
+func (c *conn) readWhole(r *request, buf *buffer, cost int) {
+	if err := c.readAt(buf.b[:r.n], r.off); err != nil {
+		buf.release()
+		c.replyError(r, err, "", cost)
+		return
+	}
+	c.replyData(r, r.off, buf, int(r.n), cost)
+}
+
+// readAt reads len(p) bytes; the backend knows no empty reads.
+func (c *conn) readAt(p []byte, off uint64) error {
+	if len(p) == 0 {
+		return nil
+	}
+	_, err := c.backend.ReadAt(p, int64(off))
+	return err
+}
+
+// handleRead answers a read in a worker.
+func (c *conn) handleRead(ctx context.Context, t *task) {
+	r := &t.r
+	switch {
+	case r.flags&flagDF != 0 && r.n > maxBuffer:
+		c.replyError(r, syscall.EOVERFLOW, "too long for a reply in one chunk", t.cost)
+	case r.n > maxBuffer && !c.terms.structured:
+		c.readStream(t)
+	case r.n > maxBuffer || c.sparse && r.n >= sparseBytes && r.flags&flagDF == 0:
+		c.readChunks(ctx, t)
+	default:
+		buf := newBuffer(int(r.n))
+		if c.out.admit(len(buf.b)) != nil {
+			buf.release()
+			return
+		}
+		c.readWhole(r, buf, t.cost+len(buf.b))
+	}
+}
+
+// readChunks answers with several chunks: holes, and data in pieces.
+func (c *conn) readChunks(ctx context.Context, t *task) {
+	r := &t.r
+	for off, end := r.off, r.off+r.n; off < end; {
+		n := uint64(pieceAt(off, end))
+		if c.sparse {
+			e, err := c.blockStatus(ctx, off, end-off)
+			if err != nil {
+				c.replyError(r, err, "", t.cost)
+				return
+			}
+			if e.Zero {
+				c.replyHole(r, off, uint32(e.Len), t.cost)
+				off += uint64(e.Len)
+				continue
+			}
+			n = min(n, uint64(e.Len))
+		}
+		if !c.readChunk(r, off, int(n), t.cost) {
+			return
+		}
+		off += n
+	}
+}
+
+// readChunk answers a part of a read, and returns false when that has ended
+// the request. cost returns with the last part.
+func (c *conn) readChunk(r *request, off uint64, n, cost int) bool {
+	buf := newBuffer(n)
+	if c.out.admit(len(buf.b)) != nil {
+		buf.release()
+		return false
+	}
+	if err := c.readAt(buf.b[:n], off); err != nil {
+		cost += len(buf.b)
+		buf.release()
+		c.replyError(r, err, "", cost)
+		return false
+	}
+	if off+uint64(n) < r.off+r.n {
+		cost = 0
+	}
+	c.replyData(r, off, buf, n, cost+len(buf.b))
+	c.out.flush()
+	return true
+}
+
+// readStream answers a long read with a simple reply, whose data must follow
+// at once. An error after the first piece can only be told by closing the
+// connection.
+func (c *conn) readStream(t *task) {
+	r := &t.r
+	end := r.off + r.n
+	n := pieceAt(r.off, end)
+	buf := newBuffer(maxBuffer)
+	defer buf.release()
+	if c.out.admit(maxBuffer) != nil {
+		return
+	}
+	if err := c.readAt(buf.b[:n], r.off); err != nil {
+		c.replyError(r, err, "", t.cost+maxBuffer)
+		return
+	}
+	c.out.stream(func(send func(net.Buffers) error) error {
+		if err := send(net.Buffers{appendSimpleReply(nil, r.cookie, wireOK), buf.b[:n]}); err != nil {
+			return err
+		}
+		for off := r.off + uint64(n); off < end; off += uint64(n) {
+			n = pieceAt(off, end)
+			if err := c.readAt(buf.b[:n], off); err != nil {
+				return err
+			}
+			if err := send(net.Buffers{buf.b[:n]}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	c.out.refund(t.cost + maxBuffer)
+}
