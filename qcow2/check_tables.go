@@ -67,7 +67,7 @@ func (c *checker) countRefcountStructure() {
 			c.rebuild, c.broken = true, true
 		case c.g.hostCluster(off) >= c.fileClusters:
 			c.problem(false, off, "ERROR refcount block %d is outside image", i)
-			c.rebuild, c.broken = true, true
+			c.broken = true
 		case off != 0:
 			c.addTable(off, c.g.clusterSize)
 			if n := c.counts.references(c.g.hostCluster(off)); n != 1 {

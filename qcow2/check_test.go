@@ -158,12 +158,12 @@ func TestCheckCleanAgreesWithQemu(t *testing.T) {
 // An editor pokes into an image.
 type editor struct {
 	t testing.TB
-	f *os.File
+	f qcow2.File
 }
 
 func edit(t testing.TB, path string, fn func(e editor)) {
 	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	f, err := qcow2.OpenFile(path, qcow2.FileOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,17 @@ func (e editor) read(off uint64, n int) uint64 {
 func (e editor) write(off uint64, n int, v uint64) {
 	var b [8]byte
 	binary.BigEndian.PutUint64(b[:], v)
-	if _, err := e.f.WriteAt(b[8-n:], int64(off)); err != nil {
+	e.put(off, b[8-n:])
+}
+
+func (e editor) put(off uint64, b []byte) {
+	if _, err := e.f.WriteAt(b, int64(off)); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+func (e editor) truncate(size uint64) {
+	if err := e.f.Truncate(int64(size)); err != nil {
 		e.t.Fatal(err)
 	}
 }
@@ -195,11 +205,11 @@ func (e editor) reftable() uint64    { return e.read(48, 8) }
 func (e editor) l2() uint64          { return e.read(e.l1(), 8) & offsetMask }
 func (e editor) refblock() uint64    { return e.read(e.reftable(), 8) }
 func (e editor) size() uint64 {
-	st, err := e.f.Stat()
+	n, err := e.f.Size()
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	return uint64(st.Size())
+	return uint64(n)
 }
 
 // entry returns the offset of the n-th L2 entry of the first table that ok accepts.
@@ -235,7 +245,7 @@ func pokes() map[string]func(e editor) {
 		"refcount of the block 0":  func(e editor) { e.write(e.refblock()+e.refblock()/e.clusterSize()*2, 2, 0) },
 		"refcount of the table 0":  func(e editor) { e.write(e.refblock()+e.reftable()/e.clusterSize()*2, 2, 0) },
 		"refcount of the header 0": func(e editor) { e.write(e.refblock(), 2, 0) },
-		"refcount block cleared":   func(e editor) { e.f.WriteAt(make([]byte, e.clusterSize()), int64(e.refblock())) },
+		"refcount block cleared":   func(e editor) { e.put(e.refblock(), make([]byte, e.clusterSize())) },
 		"refcount table cleared":   func(e editor) { e.write(e.reftable(), 8, 0) },
 		"refcount table reserved":  func(e editor) { e.write(e.reftable(), 8, e.refblock()|0x22) },
 		"refcount block unaligned": func(e editor) { e.write(e.reftable(), 8, e.refblock()+512) },
@@ -250,7 +260,7 @@ func pokes() map[string]func(e editor) {
 		"L1 beyond the end":        func(e editor) { e.write(e.l1(), 8, 1<<63|e.clusterSize()*50000) },
 		"L1 twice the same":        func(e editor) { e.write(e.l1()+8, 8, e.read(e.l1(), 8)) },
 		"L1 to the header":         func(e editor) { e.write(e.l1()+8, 8, 1<<63|e.l1()) },
-		"L2 COPIED missing":        func(e editor) { o := e.entry(1, isData); e.write(o, 8, e.read(o, 8)&offsetMask) },
+		"L2 COPIED wrong":          func(e editor) { o := e.entry(1, isData); e.write(o, 8, e.read(o, 8)^1<<63) },
 		"L2 reserved":              func(e editor) { o := e.entry(1, isData); e.write(o, 8, e.read(o, 8)|1<<58|4) },
 		"L2 unaligned":             func(e editor) { o := e.entry(1, isData); e.write(o, 8, e.read(o, 8)|0x200) },
 		"L2 zero unaligned":        func(e editor) { o := e.entry(1, isData); e.write(o, 8, e.read(o, 8)|0x201) },
@@ -269,11 +279,11 @@ func pokes() map[string]func(e editor) {
 		"dirty":                    func(e editor) { e.write(72, 8, e.read(72, 8)|1) },
 		"dirty and refcounts stale": func(e editor) {
 			e.write(72, 8, e.read(72, 8)|1)
-			e.f.WriteAt(make([]byte, e.clusterSize()/2), int64(e.refblock()+8))
+			e.put(e.refblock()+8, make([]byte, e.clusterSize()/2))
 		},
 		"corrupt bit":              func(e editor) { e.write(72, 8, e.read(72, 8)|2) },
-		"end cut off":              func(e editor) { e.f.Truncate(int64(e.size() - 3*e.clusterSize())) },
-		"end cut inside a cluster": func(e editor) { e.f.Truncate(int64(e.size() - e.clusterSize()/2)) },
+		"end cut off":              func(e editor) { e.truncate(e.size() - 3*e.clusterSize()) },
+		"end cut inside a cluster": func(e editor) { e.truncate(e.size() - e.clusterSize()/2) },
 		"no refcount table":        func(e editor) { e.write(56, 4, 0) },
 		"refcount table is data":   func(e editor) { e.write(48, 8, e.read(e.entry(0, isData), 8)&offsetMask) },
 		"snapshot L1 unaligned": func(e editor) {
@@ -285,6 +295,15 @@ func pokes() map[string]func(e editor) {
 			if e.read(60, 4) > 0 {
 				e.write(e.read(64, 8)+8, 4, 1<<30)
 			}
+		},
+		"snapshot without disk size": func(e editor) {
+			if e.read(60, 4) == 0 {
+				return
+			}
+			// Give 16 bytes of the extra data of the first entry to its ID and name.
+			s := e.read(64, 8)
+			e.write(s+36, 4, 8)
+			e.write(s+14, 2, e.read(s+14, 2)+16)
 		},
 		"snapshot L1 is the active one": func(e editor) {
 			if e.read(60, 4) > 0 {

@@ -2,12 +2,14 @@ package qcow2_test
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -90,5 +92,132 @@ func repairAgrees(t *testing.T, ours, theirs string, overlap bool) {
 	}
 	if again, err := os.ReadFile(ours); err != nil || !bytes.Equal(again, repaired) {
 		t.Errorf("a second repair writes (%v)", err)
+	}
+}
+
+// TestRepairLeaksOnly: as QEMU does it, and nothing when the refcounts cannot
+// be relied on.
+func TestRepairLeaksOnly(t *testing.T) {
+	dir := scratch(t)
+	sound := filepath.Join(dir, "sound.qcow2")
+	for _, im := range pokedImages() {
+		if im.name == "snapshots" {
+			im.make(t, sound)
+		}
+	}
+	for name, poke := range pokes() {
+		t.Run(name, func(t *testing.T) {
+			ours, theirs := filepath.Join(dir, "ours.qcow2"), filepath.Join(dir, "theirs.qcow2")
+			copyFile(t, sound, ours)
+			edit(t, ours, poke)
+			copyFile(t, ours, theirs)
+			_, found, err := checkPath(t, ours, qcow2.CheckOptions{RepairLeaks: true})
+			_, text, _ := qemuCheck(t, theirs, "-r", "leaks")
+			if rebuild := strings.Contains(text, "ERROR need to rebuild"); rebuild != (err != nil) {
+				t.Errorf("got %v, qemu-img says\n%s", err, text)
+			}
+			if err != nil {
+				before := filepath.Join(dir, "before.qcow2")
+				copyFile(t, sound, before)
+				edit(t, before, poke)
+				a, errA := os.ReadFile(before)
+				b, errB := os.ReadFile(ours)
+				if errA != nil || errB != nil || !bytes.Equal(a, b) {
+					t.Error("a refused repair has changed the image")
+				}
+				return
+			}
+			got, _, _ := qemuCheck(t, ours)
+			want, _, _ := qemuCheck(t, theirs)
+			if got != want {
+				t.Errorf("qemu-img check after our repair %+v, after QEMU's %+v\n%s\nqemu-img:\n%s", got, want, strings.Join(messages(found), "\n"), text)
+			}
+		})
+	}
+}
+
+// pokedDisk returns a small image of testdata, poked.
+func pokedDisk(t testing.TB, poke func(e editor)) *storagetest.Disk {
+	t.Helper()
+	d, err := storagetest.LoadDisk("testdata/snapshot.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	poke(editor{t, d})
+	d.ResetCounts()
+	return d
+}
+
+// diskContent returns the guest's view of the image in d.
+func diskContent(t testing.TB, d *storagetest.Disk) []byte {
+	t.Helper()
+	im := openDisk(t, d.Clone(), qcow2.Options{ReadOnly: true})
+	defer mustClose(t, im)
+	return readAll(t, im)
+}
+
+// TestRepairPowerLoss cuts the power at every step of a repair: the next
+// repair ends where the first would have, and until then the dirty bit warns
+// of what is worse than before.
+func TestRepairPowerLoss(t *testing.T) {
+	repaired := 0
+	for name, poke := range pokes() {
+		d := pokedDisk(t, poke)
+		before, err := qcow2.CheckFile(t.Context(), d, qcow2.CheckOptions{})
+		if err != nil {
+			continue
+		}
+		log := d.Clone()
+		rec := log.Record()
+		if r, err := qcow2.CheckFile(t.Context(), log, qcow2.CheckOptions{RepairAll: true}); err != nil || !r.Clean() {
+			continue
+		}
+		repaired++
+		want := diskContent(t, log)
+		for s := range rec.States(newRand(t), 3) {
+			after := s.Disk()
+			e := editor{t, after}
+			r, err := qcow2.CheckFile(t.Context(), after, qcow2.CheckOptions{})
+			if err != nil || e.read(72, 8)&1 == 0 && r.Corruptions > before.Corruptions {
+				t.Errorf("%s, after event %d, %s: %+v, %v; before the repair %+v", name, s.At, s.What, r, err, before)
+			}
+			if r, err := qcow2.CheckFile(t.Context(), after, qcow2.CheckOptions{RepairAll: true}); err != nil || !r.Clean() {
+				t.Errorf("%s, after event %d, %s: repair %+v, %v", name, s.At, s.What, r, err)
+			} else if !bytes.Equal(diskContent(t, after), want) {
+				t.Errorf("%s, after event %d, %s: the repaired image reads as something else", name, s.At, s.What)
+			}
+		}
+	}
+	if repaired < 25 {
+		t.Errorf("only %d images were repaired", repaired)
+	}
+}
+
+// TestRepairFaults fails each operation of a repair in turn: the error
+// surfaces, and a later repair succeeds.
+func TestRepairFaults(t *testing.T) {
+	boom := errors.New("boom")
+	for _, name := range []string{"refcount of data 0", "refcount block cleared", "refcount table cleared", "refcount block twice",
+		"L2 COPIED wrong", "L2 zero unaligned", "L1 COPIED missing", "snapshot without disk size"} {
+		poke := pokes()[name]
+		for n := 1; ; n++ {
+			d := pokedDisk(t, poke)
+			f := &storagetest.Fault{Ops: storagetest.OpAny, N: n, Err: boom}
+			d.Inject(f)
+			r, err := qcow2.CheckFile(t.Context(), d, qcow2.CheckOptions{RepairAll: true})
+			if d.Hits(f) == 0 {
+				if err != nil || !r.Clean() || r.CorruptionsFixed == 0 || n < 8 {
+					t.Errorf("%s: %d operations, then %+v, %v", name, n-1, r, err)
+				}
+				break
+			}
+			if !errors.Is(err, boom) {
+				t.Errorf("%s: operation %d fails, repair returns %+v, %v", name, n, r, err)
+			}
+			d.Clear()
+			if r, err := qcow2.CheckFile(t.Context(), d, qcow2.CheckOptions{RepairAll: true}); err != nil || !r.Clean() {
+				t.Errorf("%s: repair after operation %d has failed: %+v, %v", name, n, r, err)
+			}
+		}
 	}
 }
