@@ -25,6 +25,9 @@ type Options struct {
 	// process. Images that are open at the same time have different IDs; zero
 	// stands for one that is never adopted by another process.
 	ID [16]byte
+	// Unclean says that the last opener did not close the image, as far as the
+	// caller knows: Open gives back the clusters that it lost.
+	Unclean bool
 	// OpenBacking opens the backing file that the header names. Nil refuses
 	// images that have a backing file, with ErrUnsupported. The image closes
 	// what it returns.

@@ -16,7 +16,8 @@ var lastSerial atomic.Uint64
 // Open opens the image in f. On success the image owns f and Close closes it.
 //
 // What a predecessor of the same ID left in the cache is written back first. Then
-// an image whose dirty bit is set is repaired, unless it is opened read-only.
+// an image that was not closed (Options.Unclean, or its dirty bit is set) is
+// repaired, unless it is opened read-only.
 //
 // Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError says where),
 // and those of f.
@@ -65,7 +66,7 @@ func (im *Image) open(ctx context.Context) error {
 }
 
 // makeConsistent finishes what a predecessor left: it writes back the tables
-// that are in the cache, repairs an image whose dirty bit is set, and clears the
+// that are in the cache, repairs what an unclean end explains, and clears the
 // autoclear bits, because this package keeps none of the structures that they
 // vouch for. An image whose corrupt bit is set is refused.
 func (im *Image) makeConsistent(ctx context.Context) error {
@@ -81,8 +82,8 @@ func (im *Image) makeConsistent(ctx context.Context) error {
 	if im.hdr.corrupt() {
 		return fmt.Errorf("%w: its corrupt bit is set; it can be opened read-only, or repaired with: csi-qcow2 img check -r all", ErrCorrupt)
 	}
-	if im.hdr.dirty() {
-		if err := im.repairDirty(ctx); err != nil {
+	if im.hdr.dirty() || im.opts.Unclean {
+		if err := im.repair(ctx); err != nil {
 			return err
 		}
 	}
@@ -93,18 +94,21 @@ func (im *Image) makeConsistent(ctx context.Context) error {
 	return im.writeHeader(hdrOffAutoclear, make([]byte, 8))
 }
 
-// repairDirty repairs an image that was not closed cleanly. The cache is emptied
-// around it: the repair changes tables in the file.
-func (im *Image) repairDirty(ctx context.Context) error {
+// repair repairs an image that was not closed: everything when the dirty bit
+// says that refcounts and COPIED flags may be off, else leaks, and then a
+// corruption has another cause and is not touched. The cache is emptied around
+// it: the repair changes tables in the file.
+func (im *Image) repair(ctx context.Context) error {
 	if err := im.handle.Close(); err != nil {
 		return err
 	}
-	_, err := checkFile(ctx, im.f, im.hdr, CheckOptions{RepairAll: true})
+	res, err := checkFile(ctx, im.f, im.hdr, CheckOptions{RepairLeaks: true, RepairAll: im.hdr.dirty()})
 	if err == nil {
 		im.hdr, err = readHeader(im.f)
 	}
-	if err == nil && im.hdr.dirty() {
-		err = fmt.Errorf("%w: it cannot be repaired automatically; see: csi-qcow2 img check -r all", ErrCorrupt)
+	if err == nil && (im.hdr.dirty() || res.Corruptions > 0 || res.CheckErrors > 0) {
+		err = fmt.Errorf("%w: %d corruptions and %d parts that cannot be read; copy the image, then run: csi-qcow2 img check -r all",
+			ErrCorrupt, res.Corruptions, res.CheckErrors)
 	}
 	if oerr := im.openHandle(); oerr != nil {
 		return errors.Join(err, oerr)

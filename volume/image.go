@@ -2,9 +2,11 @@ package volume
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"path"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -88,12 +90,10 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 			return nil, errors.Join(err, file.Close())
 		}
 	}
-	if unclean {
-		if err := repairLeaks(ctx, file); err != nil {
-			return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
-		}
-	}
-	im, err := qcow2.Open(ctx, file, qcow2.Options{Cache: p.opts.Cache, OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard})
+	im, err := qcow2.Open(ctx, file, qcow2.Options{
+		Cache: p.opts.Cache, ID: imageID(id), Unclean: unclean,
+		OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard, ReclaimAfter: reclaimAfter,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
 	}
@@ -106,18 +106,13 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 	return im, nil
 }
 
-// repairLeaks checks an image whose last user died and gives lost clusters
-// back. It leaves corruptions alone: repairing them can lose data.
-func repairLeaks(ctx context.Context, file qcow2.File) error {
-	res, err := qcow2.CheckFile(ctx, file, qcow2.CheckOptions{RepairLeaks: true})
-	switch {
-	case err != nil:
-		return fmt.Errorf("check after an unclean end: %w", err)
-	case res.Corruptions > 0 || res.CheckErrors > 0:
-		return fmt.Errorf("%w: check after an unclean end found %d corruptions and %d unreadable parts; "+
-			"copy the image, then run csi-qcow2 img check -r all, or restore a snapshot", qcow2.ErrCorrupt, res.Corruptions, res.CheckErrors)
-	}
-	return nil
+// reclaimAfter is how long space that a guest discarded waits for its next flush.
+const reclaimAfter = time.Second
+
+// imageID returns the identity of the image of the volume id in the cache.
+func imageID(id string) [16]byte {
+	sum := sha256.Sum256([]byte(id))
+	return [16]byte(sum[:16])
 }
 
 // shutImage closes an image that its last user has let go of. Only a close
