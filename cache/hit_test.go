@@ -2,6 +2,8 @@ package cache
 
 import (
 	"errors"
+	"math"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -144,5 +146,50 @@ func TestPinnedWaysAreWaitedFor(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestWords(t *testing.T) {
+	f := newRecorder(1 << 20)
+	h := open(t, newCache(t, 0), f, HandleOptions{SliceBytes: 512})
+	tab := get(t, h, 0, 512)
+	if got := tab.Len(); got != 64 {
+		t.Errorf("%d words, want 64", got)
+	}
+	tab.SetWords(0, nil)
+	tab.SetWords(64, nil)
+	if n := h.DirtyTables(); n != 0 {
+		t.Errorf("storing no words made %d tables dirty", n)
+	}
+	tab.Fill(0x0102030405060708)
+	tab.SetWords(61, []uint64{1, 2, 3})
+	got := make([]uint64, 4)
+	tab.Words(got, 60)
+	if want := []uint64{0x0102030405060708, 1, 2, 3}; !slices.Equal(got, want) {
+		t.Errorf("words %#x, want %#x", got, want)
+	}
+	for name, f := range map[string]func(){
+		"Load -1":      func() { tab.Load(-1) },
+		"Load 64":      func() { tab.Load(64) },
+		"Store 64":     func() { tab.Store(64, 0) },
+		"Words 62":     func() { tab.Words(make([]uint64, 3), 62) },
+		"Words -1":     func() { tab.Words(make([]uint64, 3), -1) },
+		"SetWords 62":  func() { tab.SetWords(62, make([]uint64, 3)) },
+		"SetWords -1":  func() { tab.SetWords(-1, make([]uint64, 3)) },
+		"SetWords max": func() { tab.SetWords(math.MaxInt, make([]uint64, 3)) },
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", name)
+				}
+			}()
+			f()
+		}()
+	}
+	tab.Unpin()
+	writeBack(t, h)
+	if got := f.data[512 : 512+8]; !slices.Equal(got, []byte{1, 2, 3, 4, 5, 6, 7, 8}) {
+		t.Errorf("file holds % x: not big endian", got)
 	}
 }

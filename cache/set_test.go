@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"runtime"
 	"sync"
 	"testing"
 )
@@ -27,10 +28,12 @@ func TestLookupRacesReplacement(t *testing.T) {
 			s.mu.Unlock()
 		}
 	})
-	found := 0
-	for range 1_000_000 {
+	for found, missed := 0, 0; found < 100_000; {
 		w, ok := s.lookup(wanted)
 		if !ok {
+			if missed++; missed%1000 == 0 {
+				runtime.Gosched() // the other may need the processor to go on
+			}
 			continue
 		}
 		found++
@@ -42,9 +45,6 @@ func TestLookupRacesReplacement(t *testing.T) {
 	}
 	close(stop)
 	wg.Wait()
-	if found == 0 {
-		t.Error("the key was never found: the test shows nothing")
-	}
 }
 
 // TestEvictLooksAgain: a table that became dirty after the clock chose it stays.

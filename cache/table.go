@@ -23,6 +23,13 @@ type Table struct {
 // Len returns the number of 64-bit words.
 func (t Table) Len() int { return int(t.n) }
 
+// check panics unless the n words from word i on are in the table.
+func (t Table) check(i, n int) {
+	if i < 0 || n > t.Len() || i > t.Len()-n {
+		panic("cache: table index out of range")
+	}
+}
+
 func (t Table) word(i int) *uint64 {
 	if uint(i) >= uint(t.n) {
 		panic("cache: table index out of range")
@@ -43,9 +50,7 @@ func (t Table) Store(i int, v uint64) {
 
 // Words copies len(dst) words from word i on to dst.
 func (t Table) Words(dst []uint64, i int) {
-	if i < 0 || i+len(dst) > t.Len() {
-		panic("cache: table index out of range")
-	}
+	t.check(i, len(dst))
 	for n := range dst {
 		dst[n] = t.Load(i + n)
 	}
@@ -55,9 +60,7 @@ func (t Table) Words(dst []uint64, i int) {
 // the table dirty once. Each word changes atomically, all together do not: a
 // reader, a pass and a successor may see some of them.
 func (t Table) SetWords(i int, src []uint64) {
-	if i < 0 || i+len(src) > t.Len() {
-		panic("cache: table index out of range")
-	}
+	t.check(i, len(src))
 	if len(src) == 0 {
 		return
 	}

@@ -1,11 +1,17 @@
 package cache
 
 import (
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // arenaPath returns where a test puts its arena.
@@ -284,17 +290,28 @@ func TestDamagedArenaIsRefused(t *testing.T) {
 	refused("more slots", reheader(func(h *header, _ []byte) { h.slots += ways }), 8)
 	refused("no slots", reheader(func(h *header, _ []byte) { h.slots = 0 }), 8)
 	refused("most slots", reheader(func(h *header, _ []byte) { h.slots = 1<<64 - ways }), 8)
-	refused("table in two slots", edit(func(b []byte) {
-		var dirty []slotIndex
-		for i := range slotIndex(ways) {
-			if h.c.arena.state(i).dirty() {
-				dirty = append(dirty, i)
-			}
+	refused("other layout", edit(func(b []byte) { b[8]++; sign(b) }), 8)
+	refused("other slot size", edit(func(b []byte) { b[13]++; sign(b) }), 8)
+	var dirty []slotIndex
+	for i := range slotIndex(ways) {
+		if h.c.arena.state(i).dirty() {
+			dirty = append(dirty, i)
 		}
-		copy(b[headerSize+int(dirty[1])*entryBytes:][:40], b[headerSize+int(dirty[0])*entryBytes:])
-		a := newArena(b, ways)
-		a.store(a.word(dirty[1], wordCheck), a.checkOf(dirty[1]))
-	}), 8)
+	}
+	reentry := func(word int, v uint64) []byte {
+		return edit(func(b []byte) {
+			a := newArena(b, ways)
+			a.store(a.word(dirty[1], uintptr(word)), v)
+			a.store(a.word(dirty[1], wordCheck), a.checkOf(dirty[1]))
+		})
+	}
+	first := h.c.arena.load(dirty[0], wordOffset)
+	refused("table in two slots", reentry(wordOffset, first), 8)
+	refused("offset not aligned", reentry(wordOffset, 1<<20+8), 8)
+	refused("offset too large", reentry(wordOffset, 1<<56), 8)
+	refused("slice of 0 bytes", reentry(wordLength, 0), 8)
+	refused("slice of 8192 bytes", reentry(wordLength, 8192), 8)
+	refused("two slices in an image", reentry(wordLength, 1024), 8)
 
 	if err := os.WriteFile(path, edit(func(b []byte) { b[20] ^= 1 }), 0o600); err != nil {
 		t.Fatal(err)
@@ -303,6 +320,118 @@ func TestDamagedArenaIsRefused(t *testing.T) {
 	if us := c2.Unclaimed(); len(us) != 0 {
 		t.Errorf("fresh arena has tables of %v", us)
 	}
+}
+
+// sign makes the checksum of the header in b right.
+func sign(b []byte) {
+	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
+}
+
+// TestTableInWrongSetIsRefused moves a whole entry to another set.
+func TestTableInWrongSetIsRefused(t *testing.T) {
+	c := newArenaCache(t, Options{Bytes: 2 * minBytes, Path: arenaPath(t)})
+	h := open(t, c, newRecorder(0), HandleOptions{ID: [16]byte{1}})
+	store(t, h, 0, 0, 0, 1)
+	_, n := c.set(h.seed, 0)
+	from, to := slotIndex(n*ways), slotIndex((1-n)*ways)
+	path := kill(t, c)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newArena(b, 2*ways)
+	copy(b[headerSize+int(to)*entryBytes:][:entryBytes], b[headerSize+int(from)*entryBytes:])
+	a.unpublish(from)
+	a.store(a.word(to, wordCheck), a.checkOf(to))
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Options{Bytes: 2 * minBytes, Path: path}); !errors.Is(err, ErrArena) || !strings.Contains(err.Error(), "set") {
+		t.Errorf("New: %v, want an ArenaError about the set", err)
+	}
+}
+
+func TestArenaErrorsName(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := New(Options{Path: filepath.Join(dir, "missing", "arena")}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("New in a missing directory: %v", err)
+	}
+	if _, err := New(Options{Path: dir}); err == nil {
+		t.Error("New at a directory: no error")
+	}
+	// A file that cannot grow stands for a tmpfs without space.
+	fd, err := unix.MemfdCreate("arena", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := os.NewFile(uintptr(fd), "arena")
+	defer full.Close()
+	if _, err := unix.FcntlInt(full.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_GROW); err != nil {
+		t.Fatal(err)
+	}
+	path := fmt.Sprintf("/proc/self/fd/%d", fd)
+	if _, err := New(Options{Path: path, Bytes: minBytes}); !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), path) {
+		t.Errorf("New without space: %v, want an error that names %q", err, path)
+	}
+}
+
+// TestLockedArena: the memory of a locked arena counts as locked.
+func TestLockedArena(t *testing.T) {
+	before := lockedBytes(t)
+	newArenaCache(t, Options{Path: arenaPath(t), Bytes: 64 * slotBytes, Lock: true})
+	if got := lockedBytes(t) - before; got < 64*slotBytes {
+		t.Errorf("%d bytes locked, want %d at least", got, 64*slotBytes)
+	}
+}
+
+func lockedBytes(t *testing.T) (n int) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "VmLck:")
+	if _, err := fmt.Sscan(rest, &n); err != nil {
+		t.Fatal(err)
+	}
+	return n << 10
+}
+
+// TestCloseLeavesNoDescriptor: neither an arena that is closed nor one that is refused.
+func TestCloseLeavesNoDescriptor(t *testing.T) {
+	path := arenaPath(t)
+	round := func() {
+		c, err := New(Options{Bytes: minBytes, Path: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(Options{Bytes: minBytes, Path: path}); !errors.Is(err, ErrInUse) {
+			t.Errorf("second New: %v, want ErrInUse", err)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := New(Options{Bytes: minBytes, Path: path, Generation: 1}); !errors.Is(err, ErrArena) {
+			t.Errorf("New of another generation: %v, want ErrArena", err)
+		}
+	}
+	round()
+	before := descriptors(t)
+	for range 20 {
+		round()
+	}
+	if after := descriptors(t); after > before {
+		t.Errorf("%d descriptors open, %d before", after, before)
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	ds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(ds)
 }
 
 // TestArenaCutShort: a kill while the arena is made leaves one that can be made again.
