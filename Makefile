@@ -27,7 +27,7 @@ build: ## build the static bin/csi-qcow2
 .PHONY: demo
 demo: ## show the whole life of a volume on this machine; ARGS='--keep --device fuse'
 	@hack/deps.sh demo
-	@$(MAKE) --no-print-directory -s build
+	@echo 'building $(BIN)' && $(MAKE) --no-print-directory -s build
 	@GOROOT="$$(go env GOROOT)" $(BIN) demo $(ARGS)
 
 .PHONY: test
@@ -55,6 +55,11 @@ test-demo: ## the demo, and the demo interrupted at many points (part of test)
 	@hack/deps.sh demo test
 	@hack/test.sh demo
 
+.PHONY: test-sabotage
+test-sabotage: ## break one rule of the code at a time: the tests must notice
+	@hack/deps.sh demo test
+	@hack/test.sh sabotage
+
 .PHONY: manifests
 manifests: ## render and check deploy/kubernetes (part of test)
 	@hack/test.sh manifests
@@ -68,7 +73,7 @@ fmt: ## format the Go files that git knows
 	@git ls-files '*.go' | xargs -r gofmt -w
 
 .PHONY: bench
-bench: ## run the benchmarks: ns, bytes and allocations per operation
+bench: ## run the benchmarks: time, bytes and allocations per operation
 	go test -run '^$$' -bench . -benchmem ./...
 
 .PHONY: fuzz

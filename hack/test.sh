@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 parts=("$@")
 ((${#parts[@]})) || parts=(lint unit sanity kernel demo manifests)
 
-# Packages with a part of their own: they need root, a device or a machine.
-apart='/(test/(sanity|kernel)|internal/demo)$'
+# Packages with a part of their own: they need a device, a machine, or long.
+apart='/(test/.*|internal/demo)$'
 
 lint() {
 	local unformatted
@@ -18,8 +18,9 @@ lint() {
 		printf 'not formatted, run make fmt:\n%s\n' "$unformatted"
 		return 1
 	fi
-	go vet ./... &&
-		go tool -modfile=hack/tools/go.mod staticcheck ./... &&
+	local tags=kernel,sabotage # of tests that only their own part runs
+	go vet -tags "$tags" ./... &&
+		go tool -modfile=hack/tools/go.mod staticcheck -tags "$tags" ./... &&
 		go test ./internal/lint
 }
 
@@ -30,9 +31,11 @@ unit() {
 	go test -race -timeout 20m $(grep -Ev "$apart" <<<"$packages")
 }
 
+sabotage() { go test -count=1 -timeout 20m -tags sabotage ./test/sabotage; }
+
 sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
 
-kernel() { go test -count=1 -timeout 15m ./test/kernel/...; }
+kernel() { go test -count=1 -timeout 15m -tags kernel -v ./test/kernel | grep -Ev '^=== (RUN|PAUSE|CONT)'; }
 
 demo() {
 	go test -count=1 -timeout 10m ./internal/demo
