@@ -52,7 +52,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 
-	tables, err := cache.New(cache.Options{Bytes: f.cacheBytes})
+	tables, err := openCache(f)
 	if err != nil {
 		return err
 	}
@@ -76,9 +76,50 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 			return err
 		}
 		pools[p.name] = pool
+	}
+	for _, pool := range pools {
+		pool.Recover(ctx)
+	}
+	forgetUnclaimed(tables, pools)
+	for _, pool := range pools {
 		workers.Go(func() { pool.Run(background) })
 	}
 	return serveNode(ctx, f, pools)
+}
+
+// arenaName is the file in the run directory that holds the metadata cache.
+const arenaName = "arena"
+
+// openCache opens the metadata cache. Its memory is a file in the run directory:
+// when this process is killed the tables that it had not written are still
+// there, and the next process goes on with them.
+func openCache(f nodeFlags) (*cache.Cache, error) {
+	o := cache.Options{Bytes: f.cacheBytes, Path: filepath.Join(f.runDir, arenaName)}
+	tables, err := cache.New(o)
+	if errors.Is(err, cache.ErrArena) {
+		klog.ErrorS(err, "the predecessor's cache cannot be used: what was not flushed is lost, as in a power loss")
+		o.Fresh = true
+		tables, err = cache.New(o)
+	}
+	return tables, err
+}
+
+// forgetUnclaimed drops the tables of images that are in no pool any more. Those
+// of a volume that could not be recovered stay: a later attempt needs them.
+func forgetUnclaimed(tables *cache.Cache, pools map[string]*volume.Pool) {
+	for _, u := range tables.Unclaimed() {
+		owned := false
+		for _, p := range pools {
+			owned = owned || p.Owns(u.ID)
+		}
+		if owned {
+			continue
+		}
+		klog.InfoS("dropping cached tables of an image that is in no pool", "image", fmt.Sprintf("%x", u.ID), "tables", u.Tables)
+		if err := tables.Forget(u.ID); err != nil {
+			klog.ErrorS(err, "drop cached tables")
+		}
+	}
 }
 
 // serveNode runs the driver over open pools.
