@@ -31,6 +31,23 @@ import "fmt"
 // Flush implements Disk. Concurrent calls share their passes. It costs one sync
 // when no table changed, two after allocations, three when an L2 table is new.
 func (im *Image) Flush() error {
+	if err := im.flush(); err != nil {
+		return err
+	}
+	// Best effort: what cannot be lowered now is a leak, not lost data. Whoever
+	// has the gate alone empties the quarantine by itself.
+	if im.gate.TryRLock() {
+		if !im.closed.Load() && !im.opts.ReadOnly && !im.opts.NoFlush {
+			_ = im.reclaim()
+		}
+		im.gate.RUnlock()
+	}
+	return nil
+}
+
+func (im *Image) flush() error {
+	slot := im.epochs.enter() // Close waits for us, or we see that it has begun
+	defer im.epochs.exit(slot)
 	if im.closed.Load() {
 		return ErrClosed
 	}
@@ -40,13 +57,8 @@ func (im *Image) Flush() error {
 	if err := im.failed(); err != nil {
 		return err
 	}
-	slot := im.epochs.enter()
-	err := im.handle.WriteBack()
-	im.epochs.exit(slot)
-	if err != nil {
+	if err := im.handle.WriteBack(); err != nil {
 		return fmt.Errorf("qcow2: flush: %w", err)
 	}
-	// Best effort: what cannot be lowered now is a leak, not lost data.
-	_ = im.reclaim()
 	return nil
 }

@@ -132,18 +132,22 @@ func (im *Image) Close() error {
 //
 // Preconditions: the gate is held alone, and no request is under way.
 func (im *Image) settle() error {
-	if err := im.handle.WriteBack(); err != nil {
-		return err
-	}
-	for im.quarantine.size() > 0 {
-		if err := im.reclaim(); err != nil {
-			return err
-		}
+	q := &im.quarantine
+	for {
 		if err := im.handle.WriteBack(); err != nil {
 			return err
 		}
+		// Waits for a reclaim that is under way: it has taken its run out already.
+		q.reclaimMu.Lock()
+		err := im.reclaimLocked()
+		q.reclaimMu.Unlock()
+		if err != nil {
+			return err
+		}
+		if q.size() == 0 && im.handle.DirtyTables() == 0 {
+			return nil
+		}
 	}
-	return nil
 }
 
 // trimFile cuts off what extendFile added beyond the last allocated cluster.

@@ -15,7 +15,7 @@ type quarantine struct {
 	mu    sync.Mutex
 	items []quarantined // guarded by mu; stamps never fall from first to last
 
-	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O, only ever tried
+	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O; requests only try it
 
 	// A timer empties the quarantine of guests that discard and then do nothing
 	// (Options.ReclaimAfter). It runs in a goroutine of its own while armed.
@@ -99,6 +99,12 @@ func (im *Image) reclaim() error {
 		return nil
 	}
 	defer q.reclaimMu.Unlock()
+	return im.reclaimLocked()
+}
+
+// reclaimLocked is reclaim with reclaimMu held.
+func (im *Image) reclaimLocked() error {
+	q := &im.quarantine
 	for {
 		q.mu.Lock()
 		if len(q.items) == 0 || im.handle.Done() < q.items[0].pass || !im.epochs.passed(q.items[0].epoch) {
