@@ -37,6 +37,10 @@ func (h *Handle) displace(i slotIndex) bool {
 		h.attic = attic{}
 		h.holdLocked()
 	}
+	if h.closed { // Discard is about to drop it, and has emptied the attic
+		h.forgetLocked(i)
+		return true
+	}
 	p := make([]byte, h.o.SliceBytes)
 	a.copyOut(p, i)
 	off := h.c.slots[i].off
