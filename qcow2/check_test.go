@@ -269,7 +269,11 @@ func pokes() map[string]func(e editor) {
 			o := e.entry(1, isData)
 			e.write(o, 8, 1<<63|(e.size()+e.clusterSize()-1)&^(e.clusterSize()-1))
 		},
-		"L2 twice the same":        func(e editor) { e.write(e.entry(1, isData), 8, e.read(e.entry(0, isData), 8)) },
+		"L2 twice the same": func(e editor) { e.write(e.entry(1, isData), 8, e.read(e.entry(0, isData), 8)) },
+		"L2 twice the same COPIED": func(e editor) {
+			copied := func(v uint64) bool { return isData(v) && v>>63 == 1 }
+			e.write(e.entry(1, copied), 8, e.read(e.entry(0, copied), 8))
+		},
 		"L2 to the L1":             func(e editor) { e.write(e.entry(1, isData), 8, 1<<63|e.l1()) },
 		"L2 to the refcount block": func(e editor) { e.write(e.entry(1, isData), 8, 1<<63|e.refblock()) },
 		"L2 to the refcount table": func(e editor) { e.write(e.entry(1, isData), 8, 1<<63|e.reftable()) },

@@ -21,18 +21,20 @@ func (c *checker) repairSnapshotTable() error {
 		return err
 	}
 	off := c.g.hostOffset(first)
-	if _, err := c.f.WriteAt(table, int64(off)); err != nil {
-		return err
-	}
-	var err error
-	if c.fileBytes, err = c.f.Size(); err != nil {
-		return err
+	if n := int64(c.g.hostOffset(end)); n > c.fileBytes {
+		if err := c.f.Truncate(n); err != nil {
+			return err
+		}
+		c.fileBytes = n
 	}
 	c.addTable(off, int64(len(table)))
 	if err := c.quietly(c.repairRefcounts); err != nil {
 		return err
 	}
-	if err := c.f.Datasync(); err != nil { // the table too
+	if _, err := c.f.WriteAt(table, int64(off)); err != nil {
+		return err
+	}
+	if err := c.f.Datasync(); err != nil {
 		return err
 	}
 	var b [8]byte
