@@ -130,27 +130,29 @@ func (c *comparer) do(_ context.Context, p pair) error {
 			return fmt.Errorf("read %d bytes at %#x of disk %d: %w", p.end-p.off, p.off, i+1, err)
 		}
 	}
-	if at := differ(bufs[0], bufs[1]); at >= 0 {
-		c.report(Difference{ContentDiffer, p.off + at})
+	if off := differ(bufs[0], bufs[1], p.off); off >= 0 {
+		c.report(Difference{ContentDiffer, off})
 	}
 	c.progress.add(p.end - p.off)
 	return nil
 }
 
-// differ returns the first offset at which a and b differ, rounded down to
-// compareUnit, or -1. Nil stands for zeroes.
-func differ(a, b []byte) int64 {
+// differ returns the first offset at which a and b, which lie at off, differ,
+// rounded down to compareUnit, or -1. Nil stands for zeroes.
+func differ(a, b []byte, off int64) int64 {
 	if a == nil {
 		a, b = b, nil
 	}
 	if b == nil && isZero(a) || b != nil && bytes.Equal(a, b) {
 		return -1
 	}
-	for off := 0; ; off += compareUnit {
-		end := min(off+compareUnit, len(a))
-		if b == nil && !isZero(a[off:end]) || b != nil && !bytes.Equal(a[off:end], b[off:end]) {
-			return int64(off)
+	for at := 0; ; {
+		unit := (off + int64(at)) &^ (compareUnit - 1)
+		end := min(int(unit+compareUnit-off), len(a))
+		if b == nil && !isZero(a[at:end]) || b != nil && !bytes.Equal(a[at:end], b[at:end]) {
+			return unit
 		}
+		at = end
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 type Options struct {
 	// Workers copy chunks at the same time; 0 means DefaultWorkers.
 	Workers int
-	// AnyOrder lets the target be written in any order, which is faster.
-	// Otherwise its writes begin in ascending order and one after another.
+	// AnyOrder lets writes to the target begin in any order. Otherwise they
+	// begin in ascending order, so that what the target allocates lies in it.
 	AnyOrder bool
 	// Compressed writes compressed clusters; the target must have
 	// WriteCompressed, as *qcow2.Image has, and be new.
@@ -134,7 +134,7 @@ func (c *copier) do(ctx context.Context, t task) error {
 		if err := c.turn.wait(ctx, t.seq); err != nil {
 			return err
 		}
-		defer c.turn.done()
+		c.turn.done() // the next may begin; it need not wait for the end of this one
 	}
 	var err error
 	switch t.kind {
