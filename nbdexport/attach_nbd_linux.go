@@ -78,7 +78,7 @@ func (d *nbdDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ D
 	if err != nil {
 		return nil, errors.Join(err, dev.wait())
 	}
-	if err := dev.ready(ctx); err != nil {
+	if err := dev.ready(ctx, n); err != nil {
 		// Its ID was never handed out, so nobody has the device open but who looks at all devices.
 		return nil, errors.Join(err, n.disconnect(dev.index), dev.wait())
 	}
@@ -191,7 +191,7 @@ func (d *nbdDevice) wait() error {
 }
 
 // ready waits until the device can be opened, and checks that it is what we asked for.
-func (d *nbdDevice) ready(ctx context.Context) error {
+func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
 	ctx, cancel := context.WithTimeout(ctx, nbdReadyWait)
 	defer cancel()
 	if err := setSysfsValue(d.name(), "queue/io_timeout", strconv.FormatInt(nbdIOTimeout.Milliseconds(), 10)); err != nil {
@@ -199,6 +199,9 @@ func (d *nbdDevice) ready(ctx context.Context) error {
 	}
 	if err := d.ours(); err != nil {
 		return err
+	}
+	if ok, err := n.connected(d.index); err != nil || !ok {
+		return errors.Join(fmt.Errorf("%s: the driver says that it is not connected", d.Path()), err)
 	}
 	// The first open scans the partition table, through us: later ones are free of I/O, so that
 	// a later process can look at the device while nobody serves it.

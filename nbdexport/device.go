@@ -60,7 +60,7 @@ type DeviceOptions struct {
 //
 // Its methods may be called at once from several goroutines. While the process serves a
 // device it must not read or write it, nor a filesystem on it, from a thread whose progress
-// the serving needs: see "Known deadlocks" in doc_device.go.
+// the serving needs: see "Known deadlocks" in the package comment.
 type Device interface {
 	// Path is the device node, /dev/nbdN or /dev/loopN. It does not change.
 	Path() string

@@ -287,6 +287,27 @@ func TestDetachWaitsForOpeners(t *testing.T) {
 	}
 }
 
+// TestDetachPastSpectators checks that whoever looks at the FUSE mount itself does not keep the device.
+func TestDetachPastSpectators(t *testing.T) {
+	a, runDir := newAttacher(t)
+	dev := attach(t, a, newBackend(t, 8<<20), nbdexport.DeviceOptions{ID: "v"})
+	files, err := filepath.Glob(filepath.Join(runDir, "fuse", "v", "v@*"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("files in the mount: %v, %v", files, err)
+	}
+	fd, err := unix.Open(files[0], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := dev.Detach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Pread(fd, make([]byte, 4096), 0); !errors.Is(err, unix.ENOTCONN) {
+		t.Errorf("read of the file after detach: %v, want ENOTCONN", err)
+	}
+}
+
 // TestDetachWritesBack checks that what a writer left in the page cache is in the backend.
 func TestDetachWritesBack(t *testing.T) {
 	a, _ := newAttacher(t)

@@ -123,9 +123,8 @@ func (m *fuseMount) grow(size int64) error {
 	return nil
 }
 
-// unmount removes the mount and returns when the last request has been answered. A plain
-// unmount is refused while someone stands in the directory; then the mount leaves the tree now and the kernel
-// object when they go. A file that is still open keeps the connection alive.
+// unmount removes the mount and returns when the last request has been answered. Nothing may depend on the
+// file any more: see unmountDir.
 func (m *fuseMount) unmount() error {
 	if err := unmountDir(m.dir); err != nil {
 		return err
@@ -134,12 +133,13 @@ func (m *fuseMount) unmount() error {
 	return nil
 }
 
-// unmountDir unmounts what is on dir, by detaching it when it is in use. Nothing being
-// mounted there, or no such directory, is success.
+// unmountDir unmounts the FUSE mount on dir. When somebody looks at it (stands in the directory, has the file
+// open) the kernel refuses; then the mount leaves the tree all the same, and its connection ends at
+// once: what they do next fails. Nothing being mounted there, or no such directory, is success.
 func unmountDir(dir string) error {
 	err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 	if errors.Is(err, unix.EBUSY) {
-		err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_FORCE|unix.MNT_DETACH)
 	}
 	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 		return nil

@@ -8,7 +8,6 @@ import (
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // The generic netlink family "nbd", version 1. The process needs CAP_SYS_ADMIN.
@@ -251,9 +250,4 @@ func decodeDeviceList(data []byte) (map[uint32]bool, error) {
 		})
 	}
 	return list, ad.Err()
-}
-
-// isNoDevice reports whether the kernel answered that there is no such device, or that it is not configured.
-func isNoDevice(err error) bool {
-	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT)
 }

@@ -68,13 +68,13 @@ func (m *Machine) Run(ctx context.Context, job Job) (Result, error) {
 		memory = 2048
 	}
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", fmt.Sprint(cpus), "-m", fmt.Sprint(memory),
+		"-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", fmt.Sprint(cpus), "-m", fmt.Sprint(memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-chardev", "stdio,id=kernel", "-serial", "chardev:kernel",
 		"-chardev", "socket,id=program,path="+line.Addr().String(), "-serial", "chardev:program",
 		"-kernel", m.Kernel.Image, "-initrd", initrd,
 		// A panic restarts the machine, and -no-reboot makes that its end.
-		"-append", "console=ttyS0 loglevel=7 panic=-1 hung_task_panic=0 tsc=unstable random.trust_cpu=on")
+		"-append", "console=ttyS0 loglevel=7 panic=-1 mitigations=off random.trust_cpu=on")
 	kernel := &lineLog{each: job.Log}
 	var stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = kernel, &stderr
@@ -168,7 +168,7 @@ func (m *Machine) writeInitrd(path string, job Job) (err error) {
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // trouble is what a kernel prints when something is wrong in it, or when a block device has failed a request.
-var trouble = regexp.MustCompile(`I/O error|Buffer I/O|BUG|WARNING|Oops|Kernel panic|Call Trace|blocked for more than|hung|soft lockup|rcu.*stall|EXT4-fs error|EXT4-fs warning|XFS.*(Corruption|corrupt|error|shutdown|Shutting)|Remounting filesystem read-only`)
+var trouble = regexp.MustCompile(`I/O error|Buffer I/O|BUG|WARNING|Oops|Kernel panic|Call Trace|blocked for more than|hung_task:|soft lockup|rcu.*stall|EXT4-fs error|EXT4-fs warning|XFS.*(Corruption|corrupt|error|shutdown|Shutting)|Remounting filesystem read-only`)
 
 // Trouble returns the lines of the kernel that no run may have, but for those that allowed matches; nil allows none.
 func (r Result) Trouble(allowed *regexp.Regexp) []string {

@@ -1,0 +1,83 @@
+// # Devices
+//
+// An Attacher makes a kernel block device of a Backend. There are two kinds:
+//
+//	nbd     /dev/nbdN: the kernel's nbd driver speaks NBD over a socketpair to this process
+//	fuse    /dev/loopN: a loop device over the only file of a FUSE mount that this process serves
+//
+//	                         nbd                              fuse
+//	Kernel needs             nbd (a module of most            fuse, loop
+//	                         distributions)
+//	Discard, zeroes          TRIM; WRITE_ZEROES since 6.12    WriteZeroes with unmap, for both
+//	FUA                      passed on                        a flush after the write
+//	Resize while in use      yes                              yes
+//	Openers at detach        mounts: by the kernel; others:   by the kernel
+//	                         by /proc, in this PID namespace
+//	This process dies        requests wait nbdDeadConnTimeout every request fails with EIO
+//	                         for the next one
+//	What it acknowledged     is in the image                  is in the image
+//	What the kernel has      is written by the next process   is lost, as at a power loss
+//	not sent yet
+//
+// The fuse kind is for development machines and for kernels without nbd. Its promise is weaker: when the process
+// dies, filesystems on its devices see I/O errors as if the disk were pulled. The images stay sound, and what an
+// application has synced is in them. Stale lists what is left, to be unmounted, cleaned and attached anew.
+//
+// Life of a device: serve, then connect or mount; wait until the kernel shows the size; hand out. Detach: claim the
+// device exclusively, as a mount does, so that none can begin; look for other openers; write back; disconnect or
+// clear; unmount; flush the backend. Every step looks first whether the device is still ours: its name in sysfs
+// (/sys/block/nbdN/backend, /sys/block/loopN/loop/backing_file) ends in ID@tag, where tag is of the run-dir.
+// Indexes are used again by whoever asks next.
+//
+// No descriptor of a device (netlink, socketpair, /dev/fuse, control devices) is inherited by a child: one would
+// hide this process's death from the kernel.
+//
+// # Known deadlocks
+//
+// The process is its own client's kernel. These are the ways to hang:
+//
+// Reclaim. The kernel needs memory, writes back pages of a filesystem on one of our devices, and waits for us,
+// while we wait for the kernel to give us memory. Threads that serve must be marked with PR_SET_IO_FLUSHER (per
+// thread, inherited by new ones: set, then re-exec), hot memory is locked, the heap is bounded by GOMEMLIMIT.
+// Evidence: Linux 8d19f1c8e193, an nbd and XFS deadlock that the flag was made for.
+//
+// Touching what we serve. Opening, reading or writing a path on a filesystem that lies on one of our devices,
+// from a goroutine that a request waits for. Statfs is enough: XFS may force the log. The runtime's poller counts
+// too, so files in a FUSE mount of ours are opened with raw system calls (see fuseMount.grow).
+//
+// Detach with an opener. The nbd driver fails the requests of whoever still has the device open, and a mounted
+// filesystem turns into errors. So detach is refused with ErrDeviceBusy while there is an opener.
+//
+// Nobody serves. Between the death of one process and the reconnect by the next, requests for an nbd device wait
+// in the driver, and they hold the queue: resize, freeze, del_gendisk and an open that reads (the first one, for
+// the partition table) wait behind them, for as long as nbdDeadConnTimeout. Resize asks Health first; an attach opens the
+// device once, so that later opens read nothing; Clean writes nothing back.
+//
+// Probes. udev and blkid open a device after each change of it, and after a descriptor that could write is
+// closed. We open for reading only, and detach waits for probes that are under way.
+//
+// # Kernel notes
+//
+// nbd, Linux 6.1.192 (Debian's cloud kernel, in the virtual machine of test/kernel):
+//
+//   - CONNECT without an index takes the lowest free one, and makes new devices beyond the 16 of nbds_max.
+//   - io_timeout is in /sys/block/nbdN/queue; CONNECT with TIMEOUT 0 leaves it at 30 s. At 1 s the driver prints
+//     "Possible stuck request" for whatever takes longer, and does nothing else while the socket is the same.
+//   - A RECONFIGURE with SIZE_BYTES grows a mounted device with requests under way.
+//   - After NBD_DISCONNECT by another program the identifier stays in sysfs until a netlink DISCONNECT; the device
+//     is dead, not gone.
+//   - There is no WRITE_ZEROES: mkfs.xfs writes out the zeroes of its log, 64 MiB by default.
+//
+// loop over FUSE, Linux 6.18:
+//
+//   - Direct I/O works on it and is asynchronous with FUSE_ASYNC_DIO and FOPEN_PARALLEL_DIRECT_WRITES.
+//   - PUNCH_HOLE means a discard or zeroes that may be unmapped: it must leave zeroes. EOPNOTSUPP for it makes
+//     the driver write zeroes out and give up discards, until the device is set up again.
+//   - queue/discard_max_bytes, once written, stays with the loop device after LOOP_CLR_FD, for its next user.
+//   - LOOP_CLR_FD with other openers succeeds and only marks the device autoclear; LOOP_SET_STATUS64 takes the mark off.
+//   - LOOP_GET_STATUS64 asks the file system of the backing file, and fails or hangs with it; sysfs does not.
+//   - The backing file of a detached mount keeps its name in sysfs, without the directories above.
+//   - When the serving process is killed, requests fail at once with ENOTCONN, and unmounting the filesystem on top works.
+//
+// ext4 grows while mounted only for a process with CAP_SYS_RESOURCE.
+package nbdexport
