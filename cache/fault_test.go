@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"testing"
 )
 
@@ -149,6 +150,73 @@ func TestFailedImageDoesNotBlockOthers(t *testing.T) {
 	for _, op := range bad.take() {
 		if op != "w 0x0+4096" && op != "w 0x3000+4096" && op != "w 0x6000+4096" {
 			t.Errorf("failed image: %s: only class 0 was written before its sync failed", op)
+		}
+	}
+}
+
+// TestFailedImageIsLeftFromTheTop looks at every state in which the process
+// can be killed while a failed image is displaced, and while one is discarded: a
+// successor finds no table of a class without all those of the classes below.
+func TestFailedImageIsLeftFromTheTop(t *testing.T) {
+	bad := [16]byte{1}
+	perClass := [3]int{2, 3, 3}
+	for _, end := range []string{"displaced", "discarded"} {
+		states := 0
+		var c *Cache
+		var last [3]int
+		look := func() {
+			entries, err := newArena(slices.Clone(c.arena.mem), c.arena.slots).dirtyEntries()
+			if err != nil {
+				t.Fatal(err)
+			}
+			last = [3]int{}
+			for _, e := range entries {
+				if e.id == bad {
+					last[e.class]++
+				}
+			}
+			states++
+			for class := 1; class < 3; class++ {
+				if last[class] > 0 && last[class-1] < perClass[class-1] {
+					t.Errorf("%s: a successor finds %v tables of each class, of %v", end, last, perClass)
+				}
+			}
+		}
+		watch := false
+		c = newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t), OnStore: func() {
+			if watch {
+				look()
+			}
+		}})
+		f := newRecorder(0)
+		f.onWrite = func([]byte, int64) error { return io.ErrUnexpectedEOF }
+		h := open(t, c, f, HandleOptions{ID: bad, Classes: 3})
+		i := 0
+		for class, n := range perClass {
+			for range n {
+				store(t, h, Class(class), int64(i)*4096, 0, 1)
+				i++
+			}
+		}
+		if err := h.WriteBack(); !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Fatalf("WriteBack: %v, want the write's error", err)
+		}
+		look()
+		if last != perClass {
+			t.Errorf("a successor finds %v tables of the failed image, want %v", last, perClass)
+		}
+		watch = true
+		if end == "displaced" {
+			other := open(t, c, newRecorder(0), HandleOptions{ID: [16]byte{2}, Classes: 3})
+			store(t, other, 0, 0, 0, 1)
+			store(t, h, 2, 7*4096, 0, 2)
+		} else if err := h.Discard(); err != nil {
+			t.Fatal(err)
+		}
+		look()
+		watch = false
+		if last != [3]int{} || states < 8 {
+			t.Errorf("%s: %d states, %v tables left in the last one, want none", end, states, last)
 		}
 	}
 }

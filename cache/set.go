@@ -116,11 +116,9 @@ func (s *set) sealLocked(w int) bool {
 }
 
 // unsealLocked opens a sealed way with the given pin count, 0 or 1, and wakes
-// who waits for any way of the set.
+// who waits for any way of the set. A table that was just loaded does not count as
+// used: one that is read once must not push out those in use.
 func (s *set) unsealLocked(w int, pins uint32) {
-	if pins > 0 {
-		pins |= pinUsed
-	}
 	s.pins[w].Store(pins)
 	s.wakeLocked()
 }

@@ -67,3 +67,26 @@ func TestEvictLooksAgain(t *testing.T) {
 		t.Errorf("word = %d, want 1", got)
 	}
 }
+
+// TestTablesInUseStay reads many tables once, through the one set that also
+// holds some which are used all the time.
+func TestTablesInUseStay(t *testing.T) {
+	h := open(t, newCache(t, minBytes), newRecorder(0), HandleOptions{})
+	const hot = 5
+	for i := range 200 {
+		for n := range hot {
+			off := int64(n) * 4096
+			tab, ok := h.TryGet(0, off)
+			if !ok {
+				if i > 0 {
+					t.Fatalf("table %d in use was evicted by table %d", n, i)
+				}
+				tab = get(t, h, 0, off)
+				tab.Unpin()
+				tab = get(t, h, 0, off)
+			}
+			tab.Unpin()
+		}
+		get(t, h, 0, int64(hot+i)*4096).Unpin()
+	}
+}
