@@ -121,7 +121,7 @@ func (l *life) restore(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := l.backing(ctx, l.restored); err != nil {
+	if err := l.backing(ctx, l.restored, l.source); err != nil {
 		return err
 	}
 	target, err := l.mount(ctx, l.restored)
@@ -152,7 +152,7 @@ func (l *life) cloneLive(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := l.backing(ctx, l.clone); err != nil {
+	if err := l.backing(ctx, l.clone, l.source); err != nil {
 		return err
 	}
 	target, err := l.mount(ctx, l.clone)

@@ -44,7 +44,7 @@ func (b *block) write(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	b.print.detail("written", "%s at offset %d, read back from the device", size(patternBytes), patternAt)
+	b.print.detail("written", "%s at offset %s, read back from the device", size(patternBytes), size(patternAt))
 	return b.hold(bytes.Equal(got, b.pattern), "the device reads what was written")
 }
 
@@ -81,7 +81,7 @@ func (b *block) clone(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.backing(ctx, clone); err != nil {
+	if err := b.backing(ctx, clone, b.volume); err != nil {
 		return err
 	}
 	if err := writeDevice(b.stage.target(b.volume.id), make([]byte, patternBytes)); err != nil {

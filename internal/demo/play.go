@@ -3,7 +3,9 @@ package demo
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -103,7 +105,7 @@ func (d *demo) create(ctx context.Context, name, fs string, bytes int64, from co
 		return nil, err
 	}
 	d.print.detail("file", "%s", d.stage.rel(d.stage.disk(v.id)))
-	d.print.detail("", "%s for the guest, %s on the host", size(v.bytes), size(used))
+	d.print.detail("", "called %s here; %s for the guest, %s on the host", name, size(v.bytes), size(used))
 	return v, nil
 }
 
@@ -118,24 +120,41 @@ func (d *demo) mount(ctx context.Context, v *volume) (string, error) {
 		return "", err
 	}
 	d.print.detail("device", "%s, %s", device, stands)
-	d.print.detail("mounted", "%s", d.stage.rel(target))
+	where := "mounted"
+	if v.fs == "" {
+		where = "node"
+	}
+	d.print.detail(where, "%s", d.stage.rel(target))
 	return target, nil
 }
 
-// backing prints the files that v's image stands on, as QEMU sees them.
-func (d *demo) backing(ctx context.Context, v *volume) error {
+// backing prints what v's image stands on, as QEMU sees it: a view, through
+// which the image of source is seen as it was at a snapshot.
+func (d *demo) backing(ctx context.Context, v, source *volume) error {
 	files, err := d.stage.chain(ctx, d.stage.disk(v.id))
 	if err != nil {
 		return err
 	}
-	for i, file := range files[1:] {
-		key := "backing"
-		if i > 0 {
-			key = "  and its"
-		}
-		d.print.detail(key, "%s", d.stage.rel(file))
+	if err := d.hold(len(files) == 2, "%s has one backing file, its chain is %q", v.name, files); err != nil {
+		return err
 	}
-	return d.hold(len(files) > 1, "%s has a backing file", v.name)
+	under, err := d.stage.chain(ctx, files[1])
+	if err != nil {
+		return err
+	}
+	d.print.detail("backing", "%s,", d.called(files[1]))
+	d.print.detail("", "which shows %s as it was at the snapshot", d.called(under[len(under)-1]))
+	return d.hold(under[len(under)-1] == d.stage.disk(source.id), "%s stands on %s", v.name, source.name)
+}
+
+// called returns a path in the pool with the volume's name for its directory.
+func (d *demo) called(path string) string {
+	for _, v := range d.volumes {
+		if rest, ok := strings.CutPrefix(path, filepath.Dir(d.stage.disk(v.id))+"/"); ok {
+			return v.name + "/" + rest
+		}
+	}
+	return d.stage.rel(path)
 }
 
 // compare checks a tree against its manifest.
