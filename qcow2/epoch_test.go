@@ -18,6 +18,9 @@ type stallingFile struct {
 	resume  chan struct{} // closed to let it go on
 }
 
+// syncOff stands for a Datasync.
+const syncOff = -2
+
 func (f *stallingFile) stallAt(off int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -46,6 +49,11 @@ func (f *stallingFile) ReadAt(p []byte, off int64) (int, error) {
 func (f *stallingFile) WriteAt(p []byte, off int64) (int, error) {
 	f.pass(off)
 	return f.Disk.WriteAt(p, off)
+}
+
+func (f *stallingFile) Datasync() error {
+	f.pass(syncOff)
+	return f.Disk.Datasync()
 }
 
 const stallCluster = 4096
@@ -140,6 +148,41 @@ func TestWriteToFreedCluster(t *testing.T) {
 		}
 		if want := bytes.Repeat([]byte{'x'}, stallCluster); !bytes.Equal(got, want) {
 			t.Fatalf("cluster %d holds %q…, want %q…", i, got[:8], want[:8])
+		}
+	}
+}
+
+// A cluster that is freed while a flush is under way waits for the next: the one
+// under way may have copied the table before (E3, E8).
+func TestFreedClusterWaitsForItsPass(t *testing.T) {
+	f, im, host := newStalling(t)
+	if err := im.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.WriteAt(make([]byte, stallCluster), 50*stallCluster); err != nil {
+		t.Fatal(err) // something for the flush to do
+	}
+	f.stallAt(syncOff)
+	done := make(chan error)
+	go func() { done <- im.Flush() }()
+	<-f.stalled
+	if err := im.Discard(0, stallCluster); err != nil {
+		t.Fatal(err)
+	}
+	close(f.resume)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	for i := int64(1); i < 40; i++ {
+		if _, err := im.WriteAt(make([]byte, stallCluster), i*stallCluster); err != nil {
+			t.Fatal(err)
+		}
+		ext, err := im.BlockStatus(t.Context(), i*stallCluster, stallCluster)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ext.HostOff == host {
+			t.Fatalf("host cluster %#x is in use again, but the file may still map address 0 to it", host)
 		}
 	}
 }

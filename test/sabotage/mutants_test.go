@@ -54,7 +54,7 @@ var mutants = []mutant{
 		file: "qcow2/quarantine.go",
 		old:  "im.handle.Done() < q.items[0].pass || ",
 		new:  "",
-		pkg:  "qcow2", run: powerLoss,
+		pkg:  "qcow2", run: "FreedCluster",
 	},
 	{
 		name: "E3: clusters are freed at once",
