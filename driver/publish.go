@@ -130,31 +130,18 @@ func (d *Driver) publishBlock(v *stagedVolume, path string, want target) error {
 	return d.opts.Host.Mount(v.device.Path(), path, "", []string{"bind"})
 }
 
-// isPublished reports whether v is visible at path as its target says. A mount
-// that is not of v's device is an error. A bind that was not yet made read-only
-// when a process died is taken away, to be made again.
+// isPublished reports whether v is visible at path as its target says. A bind
+// that was not yet made read-only when a process died is taken away, to be made again.
 func (d *Driver) isPublished(v *stagedVolume, path string) (bool, error) {
+	mounted, err := d.mountedAt(v, path)
+	if err != nil || !mounted || v.hint.Block || !v.hint.Targets[path].ReadOnly {
+		return mounted, err
+	}
 	mounts, err := d.opts.Host.Mounts(path)
-	if err != nil || len(mounts) == 0 {
-		return false, err
+	if err != nil || mounts[len(mounts)-1].ReadOnly {
+		return err == nil, err
 	}
-	number, err := d.opts.Host.DeviceNumber(v.device.Path())
-	if err != nil {
-		return false, err
-	}
-	top := mounts[len(mounts)-1]
-	if v.hint.Block {
-		at, err := d.opts.Host.DeviceNumber(path)
-		if err != nil || at == number {
-			return err == nil, err
-		}
-	} else if top.Device == number {
-		if v.hint.Targets[path].ReadOnly && !top.ReadOnly {
-			return false, d.unmountAll(path, false)
-		}
-		return true, nil
-	}
-	return false, fmt.Errorf("%w: %q is a mount of something else", errPrecondition, path)
+	return false, d.unmountOurs(v, path, false)
 }
 
 // NodeUnpublishVolume implements csi.NodeServer. What is not published is
@@ -180,8 +167,11 @@ func (s nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpubl
 
 // unpublish takes the target path of v away.
 func (d *Driver) unpublish(v *stagedVolume, path string) error {
-	if err := d.unmountAll(path, d.lossOf(v) != nil); err != nil {
+	if err := d.unmountOurs(v, path, d.lossOf(v) != nil); err != nil {
 		return err
+	}
+	if mounts, err := d.opts.Host.Mounts(path); err != nil || len(mounts) > 0 {
+		return firstOf(err, fmt.Errorf("%w: %q is a mount of something else", errPrecondition, path))
 	}
 	if err := removeTarget(path); err != nil {
 		return err

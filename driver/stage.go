@@ -103,6 +103,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	}
 	attached := &stagedVolume{hint: want, disk: disk, device: device}
 	attached.hint.Device = device.Path()
+	d.put(attached) // whatever fails now, the device is not lost sight of
 	if err := d.remember(attached); err != nil {
 		return nil, d.undone(ctx, attached, err)
 	}
@@ -131,7 +132,7 @@ func (d *Driver) undone(ctx context.Context, v *stagedVolume, err error) error {
 
 // mountStaged brings the filesystem of v to its staging path.
 func (d *Driver) mountStaged(ctx context.Context, pool *volume.Pool, vol volume.Volume, v *stagedVolume) error {
-	mounted, err := d.mountedFrom(v.hint.StagingPath, v.device.Path())
+	mounted, err := d.mountedAt(v, v.hint.StagingPath)
 	if err != nil || mounted {
 		return err
 	}
@@ -178,21 +179,18 @@ func stagingOptions(h *stageHint, vol volume.Volume, fstype string) []string {
 	return append(options, h.Flags...)
 }
 
-// mountedFrom reports whether device is mounted at path. Something else there
-// is an error, unless it is a mount of a device that has ended: that is detached.
-func (d *Driver) mountedFrom(path, device string) (bool, error) {
+// mountedAt reports whether v is mounted at path. Something else there is an error.
+func (d *Driver) mountedAt(v *stagedVolume, path string) (bool, error) {
 	mounts, err := d.opts.Host.Mounts(path)
 	if err != nil || len(mounts) == 0 {
 		return false, err
 	}
-	number, err := d.opts.Host.DeviceNumber(device)
-	if err != nil {
-		return false, err
+	top := mounts[len(mounts)-1]
+	ours, err := d.isOurs(v, path, top)
+	if err == nil && !ours {
+		err = fmt.Errorf("%w: %q is a mount of something else (%s)", errPrecondition, path, top.Type)
 	}
-	if top := mounts[len(mounts)-1]; top.Device != number {
-		return false, fmt.Errorf("%w: %q has a mount of another %s device (%d:%d)", errPrecondition, path, top.Type, top.Device>>8, top.Device&0xff)
-	}
-	return true, nil
+	return ours, err
 }
 
 // NodeUnstageVolume implements csi.NodeServer. What is not staged is
@@ -243,7 +241,7 @@ func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error 
 		}
 	}
 	for _, path := range paths {
-		if err := d.unmountAll(path, lost); err != nil {
+		if err := d.unmountOurs(v, path, lost); err != nil {
 			return err
 		}
 	}
@@ -270,14 +268,45 @@ func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error 
 	return errors.Join(append(errs, d.forget(v.hint.Volume))...)
 }
 
-// unmountAll takes every mount off path.
-func (d *Driver) unmountAll(path string, lazy bool) error {
+// isOurs reports whether the mount m at path is one of v's device. It looks at
+// the mount table, never through the mount: its device may be dead.
+func (d *Driver) isOurs(v *stagedVolume, path string, m Mount) (bool, error) {
+	if v.hint.Device == "" {
+		return false, nil // nothing was attached yet
+	}
+	number, err := d.opts.Host.DeviceNumber(v.hint.Device)
+	if err != nil || !v.hint.Block {
+		return err == nil && number == m.Device, err
+	}
+	at, err := d.opts.Host.DeviceNumber(path) // a bound device node
+	return err == nil && at == number && number != 0, err
+}
+
+// unmountOurs takes the mounts of v's device off path. It stops at a mount of
+// something else, which is not its business.
+func (d *Driver) unmountOurs(v *stagedVolume, path string, lazy bool) error {
 	for {
 		mounts, err := d.opts.Host.Mounts(path)
 		if err != nil || len(mounts) == 0 {
 			return err
 		}
+		if ours, err := d.isOurs(v, path, mounts[len(mounts)-1]); err != nil || !ours {
+			return err
+		}
 		if err := d.opts.Host.Unmount(path, lazy); err != nil {
+			return err
+		}
+	}
+}
+
+// unmountAll takes every mount off path.
+func (d *Driver) unmountAll(path string) error {
+	for {
+		mounts, err := d.opts.Host.Mounts(path)
+		if err != nil || len(mounts) == 0 {
+			return err
+		}
+		if err := d.opts.Host.Unmount(path, false); err != nil {
 			return err
 		}
 	}
@@ -293,5 +322,5 @@ func (d *Driver) unmountUnknown(id, path string) error {
 	if _, err := d.pools.of(id); err != nil {
 		return fmt.Errorf("%w; %q is a mount of something else", err, path)
 	}
-	return d.unmountAll(path, false)
+	return d.unmountAll(path)
 }

@@ -93,10 +93,15 @@ func (d *Driver) remember(v *stagedVolume) error {
 	if err := durable.WriteRecord(d.runDir, hintName(v.hint.Volume), hintKind, hintVersion, v.hint); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	d.staged[v.hint.Volume] = v
-	d.mu.Unlock()
+	d.put(v)
 	return nil
+}
+
+// put makes v the staged volume of its ID in this process.
+func (d *Driver) put(v *stagedVolume) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.staged[v.hint.Volume] = v
 }
 
 // forget removes what is remembered of the volume id.

@@ -233,7 +233,7 @@ func (p *Pool) Close() error {
 	p.workers.Wait()
 	var errs []error
 	for _, id := range p.images.keys() {
-		errs = append(errs, fmt.Errorf("volume %s was still open: %w", id, p.images.closeNow(id)))
+		errs = append(errs, fmt.Errorf("volume %s was still open", id), p.images.closeNow(id))
 	}
 	for _, v := range p.views.keys() {
 		errs = append(errs, p.views.closeNow(v))
