@@ -251,6 +251,13 @@ func pokes() map[string]func(e editor) {
 		"refcount block unaligned": func(e editor) { e.write(e.reftable(), 8, e.refblock()+512) },
 		"refcount block far":       func(e editor) { e.write(e.reftable()+8, 8, e.clusterSize()*100000) },
 		"refcount block twice":     func(e editor) { e.write(e.reftable()+8, 8, e.refblock()) },
+		"refcount structure at the end": func(e editor) { // where a repair puts it
+			e.write(e.reftable()+8, 8, e.refblock())
+			if r, err := qcow2.CheckFile(e.t.Context(), e.f, qcow2.CheckOptions{RepairAll: true}); err != nil || !r.Clean() {
+				e.t.Fatalf("%+v, %v", r, err)
+			}
+			e.write(e.reftable(), 8, e.refblock()|2)
+		},
 		"refcount block is data":   func(e editor) { e.write(e.reftable(), 8, e.read(e.entry(0, isData), 8)&offsetMask) },
 		"refcount block is header": func(e editor) { e.write(e.reftable()+8, 8, 1<<63) },
 		"L1 COPIED missing":        func(e editor) { e.write(e.l1(), 8, e.l2()) },

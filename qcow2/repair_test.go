@@ -148,12 +148,19 @@ func pokedDisk(t testing.TB, poke func(e editor)) *storagetest.Disk {
 	return d
 }
 
-// diskContent returns the guest's view of the image in d.
+// diskContent returns the guest's view of the image in d and of its snapshots.
 func diskContent(t testing.TB, d *storagetest.Disk) []byte {
 	t.Helper()
 	im := openDisk(t, d.Clone(), qcow2.Options{ReadOnly: true})
 	defer mustClose(t, im)
-	return readAll(t, im)
+	b := readAll(t, im)
+	for _, s := range im.Snapshots() {
+		b = append(b, s.ID+s.Name...)
+		old := openDisk(t, d.Clone(), qcow2.Options{ReadOnly: true, Snapshot: s.ID})
+		b = append(b, readAll(t, old)...)
+		mustClose(t, old)
+	}
+	return b
 }
 
 // TestRepairPowerLoss cuts the power at every step of a repair: the next
