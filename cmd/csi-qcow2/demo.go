@@ -4,11 +4,13 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"csi-qcow2/internal/demo"
@@ -52,7 +54,11 @@ away what it made.`,
 			if o.Source == "" {
 				o.Source = goSource()
 			}
-			return demo.Run(cmd.Context(), o)
+			// Also a terminal that is closed, or a reader of the output that ends,
+			// must not leave mounts behind.
+			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP, unix.SIGPIPE)
+			defer stop()
+			return demo.Run(ctx, o)
 		},
 	}
 	flags := cmd.Flags()

@@ -52,6 +52,7 @@ type run struct {
 	t      *testing.T
 	dir    string
 	cmd    *exec.Cmd
+	out    io.ReadCloser
 	stderr bytes.Buffer
 	done   chan error
 
@@ -78,7 +79,7 @@ func start(t *testing.T, args ...string) *run {
 	r := &run{t: t, dir: filepath.Join(base, "stage"), done: make(chan error, 1), grew: make(chan struct{}, 1)}
 	r.cmd = exec.Command(binary(), append([]string{"demo", "--dir", r.dir, "--source", source}, args...)...)
 	r.cmd.Stderr = &r.stderr
-	out, err := r.cmd.StdoutPipe()
+	r.out, err = r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,11 +87,11 @@ func start(t *testing.T, args ...string) *run {
 		t.Fatal(err)
 	}
 	go func() { // ends when the demo has ended
-		read := bufio.NewReader(out)
+		read := bufio.NewReader(r.out)
 		for {
 			b, err := read.ReadByte()
 			if err != nil {
-				if !errors.Is(err, io.EOF) {
+				if !errors.Is(err, io.EOF) && !errors.Is(err, os.ErrClosed) {
 					t.Errorf("the demo's output: %v", err)
 				}
 				break
@@ -220,6 +221,33 @@ func TestInterrupt(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestReaderGoes closes the output in the middle, as `| head` does, and hangs
+// up, as a terminal that is closed does.
+func TestReaderGoes(t *testing.T) {
+	t.Run("output", func(t *testing.T) {
+		r := start(t)
+		r.announced(4)
+		if err := r.out.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if code := r.ended(); code != 1 {
+			t.Errorf("exit code %d, want 1; it said %q", code, &r.stderr)
+		}
+		r.nothingLeft()
+	})
+	t.Run("hangup", func(t *testing.T) {
+		r := start(t)
+		r.announced(4)
+		if err := r.cmd.Process.Signal(unix.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		if code := r.ended(); code != 1 {
+			t.Errorf("exit code %d, want 1; it said %q", code, &r.stderr)
+		}
+		r.nothingLeft()
+	})
 }
 
 // TestAgentDies kills the node agent in the middle: the demo fails, says so,
