@@ -19,15 +19,18 @@ const detachWait = 10 * time.Second
 
 // An attachDriver makes devices of one kind.
 type attachDriver interface {
+	// usable returns why the kernel can make no such device, as ErrNoDeviceKind.
+	usable() error
 	attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error)
-	// stale lists the devices of this run-dir that no process serves. live holds the IDs that this process serves.
+	// stale lists the devices of this run-dir that no process serves, usable or not. live holds the IDs that this
+	// process serves.
 	stale(ctx context.Context, live map[string]bool) ([]StaleDevice, error)
 }
 
 // Attacher makes kernel block devices out of backends. Its methods may be called at once.
 type Attacher struct {
-	kind   string
-	driver attachDriver
+	kind    string
+	drivers map[string]attachDriver // by kind
 
 	mu     sync.Mutex
 	live   map[string]*attached // by DeviceOptions.ID; guarded by mu
@@ -60,7 +63,7 @@ func (n deviceNames) id(name string) (string, bool) { return strings.CutSuffix(n
 // modules may not be there; whether the driver works is seen by using it.
 func loadModule(name string) {
 	if path, err := exec.LookPath("modprobe"); err == nil {
-		_ = exec.Command(path, "-q", name).Run()
+		_ = exec.Command(path, "-q", name).Run() // the answer is the driver's presence
 	}
 }
 
@@ -72,31 +75,28 @@ func NewAttacher(kind string, o AttacherOptions) (*Attacher, error) {
 	}
 	o.RunDir = filepath.Clean(o.RunDir)
 	names := newDeviceNames(o.RunDir)
-	a := &Attacher{kind: kind, live: make(map[string]*attached)}
-	var err error
+	a := &Attacher{
+		drivers: map[string]attachDriver{KindNBD: newNBDDriver(names), KindFUSE: newFUSEDriver(o.RunDir, names)},
+		live:    make(map[string]*attached),
+	}
+	kinds := []string{kind}
 	switch kind {
-	case KindNBD:
-		a.driver, err = newNBDDriver(names)
-	case KindFUSE:
-		a.driver, err = newFUSEDriver(o.RunDir, names)
+	case KindNBD, KindFUSE:
 	case KindAuto:
-		var nbdErr error
-		a.kind = KindNBD
-		a.driver, nbdErr = newNBDDriver(names)
-		if nbdErr == nil {
-			break
-		}
-		a.kind = KindFUSE
-		if a.driver, err = newFUSEDriver(o.RunDir, names); err != nil {
-			err = errors.Join(nbdErr, err)
-		}
+		kinds = []string{KindNBD, KindFUSE}
 	default:
-		err = fmt.Errorf("nbdexport: device kind %q: want %s, %s or %s", kind, KindAuto, KindNBD, KindFUSE)
+		return nil, fmt.Errorf("nbdexport: device kind %q: want %s, %s or %s", kind, KindAuto, KindNBD, KindFUSE)
 	}
-	if err != nil {
-		return nil, err
+	var errs []error
+	for _, kind := range kinds {
+		err := a.drivers[kind].usable()
+		if err == nil {
+			a.kind = kind
+			return a, nil
+		}
+		errs = append(errs, err)
 	}
-	return a, nil
+	return nil, errors.Join(errs...)
 }
 
 // Kind is the kind of device that a makes: KindNBD or KindFUSE.
@@ -126,7 +126,7 @@ func (a *Attacher) Attach(ctx context.Context, b Backend, o DeviceOptions) (Devi
 	a.live[o.ID] = d
 	a.mu.Unlock()
 
-	dev, err := a.driver.attach(ctx, b, o)
+	dev, err := a.drivers[a.kind].attach(ctx, b, o)
 	if err != nil {
 		a.forget(d)
 		return nil, fmt.Errorf("attach %q: %w", o.ID, err)
@@ -156,9 +156,9 @@ func (a *Attacher) forget(d *attached) {
 	}
 }
 
-// Stale lists the devices that a dead predecessor with the same run-dir left: loop devices
-// over a dead FUSE mount, dead FUSE mounts without one, and nbd devices with our backend
-// identifiers. It reports what it found even when it returns an error as well.
+// Stale lists the devices, of every kind, that a dead predecessor with the same run-dir left:
+// loop devices over a dead FUSE mount, dead FUSE mounts without one, and nbd devices with our
+// backend identifiers. It reports what it found even when it returns an error as well.
 func (a *Attacher) Stale(ctx context.Context) ([]StaleDevice, error) {
 	a.mu.Lock()
 	live := make(map[string]bool, len(a.live))
@@ -166,7 +166,14 @@ func (a *Attacher) Stale(ctx context.Context) ([]StaleDevice, error) {
 		live[id] = true
 	}
 	a.mu.Unlock()
-	return a.driver.stale(ctx, live)
+	var found []StaleDevice
+	var errs []error
+	for _, kind := range []string{KindNBD, KindFUSE} {
+		devices, err := a.drivers[kind].stale(ctx, live)
+		found = append(found, devices...)
+		errs = append(errs, err)
+	}
+	return found, errors.Join(errs...)
 }
 
 // Close refuses further attaches. It returns ErrDeviceBusy when devices are still attached;

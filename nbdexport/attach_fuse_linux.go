@@ -25,17 +25,21 @@ type fuseDriver struct {
 	names deviceNames
 }
 
-func newFUSEDriver(runDir string, names deviceNames) (attachDriver, error) {
+func newFUSEDriver(runDir string, names deviceNames) *fuseDriver {
+	return &fuseDriver{dir: filepath.Join(runDir, "fuse"), names: names}
+}
+
+func (d *fuseDriver) usable() error {
 	loadModule("fuse")
 	loadModule("loop")
 	for _, path := range []string{"/dev/fuse", loopControl} {
 		f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return nil, fmt.Errorf("%w: fuse: %w (it needs the kernel's fuse and loop drivers, and root)", ErrNoDeviceKind, err)
+			return fmt.Errorf("%w: fuse: %w (it needs the kernel's fuse and loop drivers, and root)", ErrNoDeviceKind, err)
 		}
 		f.Close()
 	}
-	return &fuseDriver{dir: filepath.Join(runDir, "fuse"), names: names}, nil
+	return nil
 }
 
 func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ Device, err error) {
@@ -76,7 +80,11 @@ func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ 
 	if err != nil {
 		return nil, err
 	}
-	undo = append(undo, func() error { return loop.clear(context.WithoutCancel(ctx), false) })
+	undo = append(undo, func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachWait)
+		defer cancel()
+		return loop.clear(ctx, false)
+	})
 	if o.Discard {
 		if err := loop.allowDiscard(); err != nil {
 			return nil, err

@@ -35,13 +35,15 @@ type nbdDriver struct {
 	names deviceNames
 }
 
-func newNBDDriver(names deviceNames) (attachDriver, error) {
+func newNBDDriver(names deviceNames) *nbdDriver { return &nbdDriver{names: names} }
+
+func (d *nbdDriver) usable() error {
 	loadModule("nbd")
 	n, err := dialNBD()
 	if err != nil {
-		return nil, fmt.Errorf("%w: nbd: %w (it needs the kernel's nbd driver, and root)", ErrNoDeviceKind, err)
+		return fmt.Errorf("%w: nbd: %w (it needs the kernel's nbd driver, and root)", ErrNoDeviceKind, err)
 	}
-	return &nbdDriver{names: names}, n.close()
+	return n.close()
 }
 
 func (d *nbdDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ Device, err error) {
@@ -62,7 +64,8 @@ func (d *nbdDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ D
 	dev.serve(context.WithoutCancel(ctx), server)
 	n, err := dialNBD()
 	if err != nil {
-		return nil, errors.Join(err, client.Close(), dev.wait())
+		dev.stop()
+		return nil, err
 	}
 	defer n.close()
 	dev.index, err = n.connect(nbdConfig{
@@ -76,11 +79,14 @@ func (d *nbdDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ D
 	})
 	client.Close()
 	if err != nil {
-		return nil, errors.Join(err, dev.wait())
+		dev.stop()
+		return nil, err
 	}
 	if err := dev.ready(ctx, n); err != nil {
-		// Its ID was never handed out, so nobody has the device open but who looks at all devices.
-		return nil, errors.Join(err, n.disconnect(dev.index), dev.wait())
+		// Its path was never handed out, so nobody has the device open but who looks at all devices.
+		err = errors.Join(err, n.disconnect(dev.index))
+		dev.stop()
+		return nil, err
 	}
 	return dev, nil
 }
@@ -160,8 +166,8 @@ type nbdDevice struct {
 	id      string // backend identifier
 	size    atomic.Int64
 
-	done     chan struct{} // closed when the connection has ended and no request is being served
-	serveErr error         // why; valid after done
+	cancel context.CancelFunc // ends the serving
+	done   chan struct{}      // closed when the connection has ended and no request is being served
 
 	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
 	detached bool       // guarded by mu
@@ -172,22 +178,23 @@ func (d *nbdDevice) Path() string { return "/dev/" + d.name() }
 func (d *nbdDevice) Kind() string { return KindNBD }
 func (d *nbdDevice) Size() int64  { return d.size.Load() }
 
-// serve serves conn until the kernel disconnects.
+// serve serves conn until the kernel disconnects, or until stop.
 func (d *nbdDevice) serve(ctx context.Context, conn net.Conn) {
+	ctx, d.cancel = context.WithCancel(ctx)
 	d.done = make(chan struct{})
-	go func() { // ends when the kernel's end of the socket is closed
+	go func() { // ends when the kernel's end of the socket is closed, or with stop
 		defer close(d.done)
-		d.serveErr = ServeTransmission(ctx, conn, &d.export)
-		if d.serveErr != nil {
-			klog.FromContext(ctx).Error(d.serveErr, "nbd connection ended", "device", d.Path(), "backend", d.id)
+		if err := ServeTransmission(ctx, conn, &d.export); err != nil && ctx.Err() == nil {
+			klog.FromContext(ctx).Error(err, "nbd connection ended", "backend", d.id)
 		}
 	}()
 }
 
-// wait waits until nothing is served any more.
-func (d *nbdDevice) wait() error {
+// stop ends the serving and waits until no request is being served. The kernel has let go of
+// the device, or never had it.
+func (d *nbdDevice) stop() {
+	d.cancel()
 	<-d.done
-	return d.serveErr
 }
 
 // ready waits until the device can be opened, and checks that it is what we asked for.
@@ -232,7 +239,7 @@ func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
 func (d *nbdDevice) ours() error {
 	backend, err := sysfsValue(d.name(), "backend")
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s: disconnected: %w", d.Path(), ErrDeviceGone)
+		return fmt.Errorf("%s: no backend identifier (disconnected, or a kernel before 5.14): %w", d.Path(), ErrDeviceGone)
 	} else if err != nil {
 		return err
 	}
@@ -296,7 +303,7 @@ func (d *nbdDevice) Detach(ctx context.Context) error {
 	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
 		return lost
 	}
-	<-d.done
+	d.stop()
 	d.detached = true
 	if err := d.backend.Flush(); err != nil {
 		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
