@@ -202,7 +202,7 @@ func (c *Cache) dirtiest() *Handle {
 	var most *Handle
 	n := 0
 	for _, h := range *c.byID.Load() {
-		if h == nil || h.unclaimed.Load() || h.Err() != nil {
+		if h == nil || !h.cleanable() {
 			continue
 		}
 		if d := h.DirtyTables(); d > n {

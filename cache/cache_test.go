@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"go.uber.org/goleak"
 )
@@ -331,4 +332,40 @@ func TestCloseOfCleanHandleDoesNotSync(t *testing.T) {
 	if got := f.take(); len(got) != 0 {
 		t.Errorf("operations %v, want none", got)
 	}
+}
+
+// TestGetWaitsForDiscard needs a way of a handle that is being discarded and
+// is dirty: it waits until the way is free, and not in a loop.
+func TestGetWaitsForDiscard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, minBytes)
+		h := open(t, c, newRecorder(0), HandleOptions{})
+		other := open(t, c, newRecorder(0), HandleOptions{})
+		for i := range ways {
+			store(t, h, 0, int64(i)*4096, 0, 1)
+		}
+		g := make(gate)
+		f := h.f.(*recorder)
+		f.onSync = func() error { g.wait(); return nil }
+		var wg sync.WaitGroup
+		wg.Go(func() { writeBack(t, h) })
+		synctest.Wait()
+		wg.Go(func() {
+			if err := h.Discard(); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		got := false
+		wg.Go(func() { get(t, other, 0, 0).Unpin(); got = true })
+		synctest.Wait() // returns only when all wait: nobody spins
+		if got {
+			t.Error("Get took the way of a table that a pass is writing")
+		}
+		close(g)
+		wg.Wait()
+		if s := h.Stats(); s.Tables != 0 || s.DirtyTables != 0 {
+			t.Errorf("stats %+v after Discard, want no table", s)
+		}
+	})
 }

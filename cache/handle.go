@@ -25,8 +25,9 @@ type Handle struct {
 	done    atomic.Uint64 // number of the last pass that succeeded; changed under mu
 	ndirty  atomic.Int64  // dirty tables: listed, in a pass or in the attic; changed under mu
 
-	wg   sync.WaitGroup // the goroutines of passes
-	cond *sync.Cond     // on mu: a pass or a write has ended, a load has ended
+	wg       sync.WaitGroup // the goroutines of passes
+	cond     *sync.Cond     // on mu: a pass or a write has ended, a load has ended
+	released chan struct{}  // closed at the end of Discard
 
 	mu       sync.Mutex
 	clean    list             // guarded by mu

@@ -76,7 +76,10 @@ func (c *Cache) vacateLocked(s *set, n int) (way int, retry func() error) {
 	}
 	if dirty != nil {
 		return 0, func() error {
-			_ = dirty.WriteBack() // if it failed, the next try displaces
+			// If the pass fails, the next try displaces.
+			if errors.Is(dirty.WriteBack(), ErrClosed) {
+				<-dirty.released
+			}
 			return nil
 		}
 	}

@@ -93,10 +93,11 @@ func (c *Cache) Open(f File, o HandleOptions) (*Handle, error) {
 
 func newHandle(c *Cache, f File, o HandleOptions) *Handle {
 	h := &Handle{
-		c:      c,
-		f:      f,
-		o:      o,
-		misfit: ^uint64(1<<offsetBits-1) | uint64(o.SliceBytes-1),
+		c:        c,
+		f:        f,
+		o:        o,
+		misfit:   ^uint64(1<<offsetBits-1) | uint64(o.SliceBytes-1),
+		released: make(chan struct{}),
 	}
 	h.cond = sync.NewCond(&h.mu)
 	h.clean.init()
@@ -145,7 +146,7 @@ func (h *Handle) Discard() error {
 	h.mu.Lock()
 	if h.closed {
 		h.mu.Unlock()
-		h.wg.Wait()
+		<-h.released
 		return nil
 	}
 	h.closed = true
@@ -176,6 +177,7 @@ func (h *Handle) Discard() error {
 	defer c.mu.Unlock()
 	c.handles[h.number] = nil
 	c.publishHandlesLocked()
+	close(h.released)
 	return nil
 }
 

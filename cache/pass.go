@@ -51,6 +51,13 @@ func (h *Handle) Err() error {
 	return h.err
 }
 
+// cleanable reports whether a pass could clean tables of h.
+func (h *Handle) cleanable() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.err == nil && !h.closed && !h.unclaimed.Load()
+}
+
 // WriteBack runs one pass, or waits for the next if one is running, which it
 // shares with all who wait. When it returns nil, all that was stored into
 // tables, and all that was written to the file, before the call is durable.
