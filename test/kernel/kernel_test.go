@@ -6,7 +6,8 @@ import (
 	"context"
 	"os/exec"
 	"path/filepath"
-	"regexp"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -22,45 +23,80 @@ const (
 	kernelCache = "../../.cache/kernel"
 )
 
-// allowed are lines of the kernel's that one test or another provokes on purpose: nbd's own, about sockets that
-// go. None of them reaches a filesystem.
-var allowed = regexp.MustCompile(`block nbd\d+: |^\[ *[\d.]+\] nbd\d+: detected capacity change`)
+// environment is what the programs in the machine need.
+var environment = vm.Environment{
+	Modules: []string{"nbd", "xfs", "ext4", "loop", "fuse"},
+	Programs: []string{"mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "xfs_io", "xfs_spaceman",
+		"fio", "blkdiscard", "fstrim", "mount", "umount", "losetup", "blkid", "dash"},
+}
 
-// TestKernel runs the tests of package guest with the kernel's nbd driver.
-func TestKernel(t *testing.T) {
+// prepare returns a context for one run of a machine, and the machine.
+func prepare(t *testing.T) (context.Context, *vm.Machine) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), runTimeout)
-	defer cancel()
+	t.Cleanup(cancel)
 	dir, err := filepath.Abs(kernelCache)
 	if err != nil {
 		t.Fatal(err)
 	}
-	begin := time.Now()
-	machine, err := vm.Prepare(ctx, dir, vm.Environment{
-		Modules: []string{"nbd", "xfs", "ext4", "loop", "fuse"},
-		Programs: []string{"mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "xfs_io", "xfs_spaceman",
-			"fio", "blkdiscard", "fstrim", "mount", "umount", "losetup", "blkid"},
+	machine, err := vm.Prepare(ctx, dir, environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("kernel %s", machine.Kernel.Release)
+	return ctx, machine
+}
+
+// logger returns a function that logs lines as they come: those of the kernel and of the program at once.
+func logger(t *testing.T) func(string) {
+	var mu sync.Mutex
+	return func(line string) {
+		mu.Lock()
+		defer mu.Unlock()
+		t.Log(line)
+	}
+}
+
+// TestMachineSeesFailure checks that a program that fails, and a kernel in trouble, do not pass.
+func TestMachineSeesFailure(t *testing.T) {
+	ctx, machine := prepare(t)
+	result, err := machine.Run(ctx, vm.Job{
+		Program: "/bin/dash",
+		Args:    []string{"-c", "echo $WORD; cat /given; echo 'BUG: not really' >/dev/kmsg; exit 3"},
+		Env:     []string{"WORD=it's here"},
+		Files:   map[string]string{"/given": "doc.go"},
+		Log:     logger(t),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	if result.Passed {
+		t.Error("exit status 3 has passed")
+	}
+	for _, want := range []string{"it's here", "package kernel", "GUEST FAIL: exit status 3"} {
+		if !slices.Contains(result.Output, want) {
+			t.Errorf("the program's output lacks %q", want)
+		}
+	}
+	if trouble := result.Trouble(nil); len(trouble) != 1 || !strings.Contains(trouble[0], "not really") {
+		t.Errorf("trouble: %q, want one line", trouble)
+	}
+}
+
+// TestKernel runs the tests of package guest with the kernel's nbd driver.
+func TestKernel(t *testing.T) {
+	ctx, machine := prepare(t)
 	program := filepath.Join(t.TempDir(), "guest.test")
 	build := exec.CommandContext(ctx, "go", "test", "-c", "-tags", "kernelguest", "-o", program, "csi-qcow2/test/kernel/guest")
 	build.Env = append(build.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", build, err, out)
 	}
-	t.Logf("kernel %s; prepared in %.1f s", machine.Kernel.Release, time.Since(begin).Seconds())
-
-	begin = time.Now()
-	var mu sync.Mutex // two lines come at once
+	begin := time.Now()
 	result, err := machine.Run(ctx, vm.Job{
 		Program: program,
 		Args:    []string{"-test.v", "-test.timeout=" + runTimeout.String()},
-		Log: func(line string) {
-			mu.Lock()
-			defer mu.Unlock()
-			t.Log(line)
-		},
+		Log:     logger(t),
 	})
 	if err != nil {
 		t.Error(err)
@@ -68,7 +104,7 @@ func TestKernel(t *testing.T) {
 	if !result.Passed {
 		t.Error("the tests in the machine have failed, see above")
 	}
-	for _, line := range result.Trouble(allowed) {
+	for _, line := range result.Trouble(nil) {
 		t.Errorf("the kernel printed: %s", line)
 	}
 	t.Logf("the machine ran for %.1f s", time.Since(begin).Seconds())

@@ -93,11 +93,7 @@ func TestLife(t *testing.T) {
 			if got, want := attribute(t, dev, "queue/logical_block_size"), fmt.Sprint(blockSize); got != want {
 				t.Errorf("logical block size %s, want %s", got, want)
 			}
-			mkfs := []string{"-q", dev.Path()}
-			if fstype == "xfs" {
-				mkfs = append(mkfs, "-l", "size=10m") // zeroing the default log takes longer than all else
-			}
-			run(t, "mkfs."+fstype, mkfs...)
+			run(t, "mkfs."+fstype, "-q", dev.Path())
 			dir := t.TempDir()
 			run(t, "mount", "-t", fstype, dev.Path(), dir)
 			jobs, mib := 2, 8
@@ -122,6 +118,7 @@ func TestLife(t *testing.T) {
 					t.Error("no flush has reached the backend")
 				}
 			}
+			stop := keepWriting(t, filepath.Join(dir, "busy"))
 			if err := d.Grow(grown); err != nil {
 				t.Fatal(err)
 			}
@@ -133,6 +130,7 @@ func TestLife(t *testing.T) {
 			} else {
 				run(t, "xfs_growfs", dir)
 			}
+			stop()
 			var fs unix.Statfs_t
 			if err := unix.Statfs(dir, &fs); err != nil {
 				t.Fatal(err)
@@ -159,6 +157,47 @@ func TestLife(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// keepWriting writes and syncs a file until the returned function is called.
+func keepWriting(t *testing.T, path string) (stop func()) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { // ends with ctx
+		buf := make([]byte, 64<<10)
+		for n := int64(0); ctx.Err() == nil; n++ {
+			if _, err := f.WriteAt(buf, n%64*int64(len(buf))); err != nil {
+				done <- err
+				return
+			}
+			if err := f.Sync(); err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
+	}()
+	return func() {
+		t.Helper()
+		cancel()
+		if err := errors.Join(<-done, f.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestChildrenInheritNothing checks that a child of the serving process holds no descriptor of a device: a copy of
+// the socket would hide the process's death from the kernel.
+func TestChildrenInheritNothing(t *testing.T) {
+	attach(t, newAttacher(t), newDisk(t, "raw", 16<<20), nbdexport.DeviceOptions{ID: "v.g1"})
+	if out := run(t, "ls", "-l", "/proc/self/fd"); strings.Contains(out, "socket:") || strings.Contains(out, "nbd") {
+		t.Errorf("a child has a descriptor of the device:\n%s", out)
 	}
 }
 
