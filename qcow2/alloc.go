@@ -78,6 +78,10 @@ func (im *Image) alloc(want int64) (first hostCluster, n int64, fresh bool, err 
 		switch {
 		case err != nil:
 		case t.n > 0:
+			if err := im.checkUnguarded("cluster of refcount 0", im.geo.hostOffset(t.first), t.n*im.geo.clusterSize); err != nil {
+				// Other refcounts may be wrong, too: nothing is allocated any more.
+				return 0, 0, false, im.fail(err)
+			}
 			// Clusters below the tail may lie beyond the end of the file, too,
 			// when an extension failed.
 			err = im.extendFile(int64(im.geo.hostOffset(t.first)) + t.n*im.geo.clusterSize)
@@ -279,7 +283,7 @@ func (im *Image) reserveTail(n int64) (hostCluster, error) {
 			used = count != 0
 		}
 		if !used {
-			return first, nil
+			return first, im.checkUnguarded("cluster of refcount 0", g.hostOffset(first), n*g.clusterSize)
 		}
 	}
 }

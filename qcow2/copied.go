@@ -15,7 +15,10 @@ func (im *Image) fixCopied(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if l1.load(i).offset() == 0 {
+		switch table, _, err := im.l2Table(l1, i); {
+		case err != nil:
+			return err
+		case table == 0:
 			continue
 		}
 		for index := 0; index < g.l2Entries; index += perSlice {

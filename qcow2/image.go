@@ -82,6 +82,7 @@ type Image struct {
 
 	allocator  allocator
 	quarantine quarantine
+	guard      guard
 	packer     packer
 
 	unclean bool // a change failed half way: the dirty bit must stay; guarded by structural

@@ -25,7 +25,10 @@ func (im *Image) l2Table(l1 *l1Table, index int) (HostOffset, l1Entry, error) {
 	if !im.geo.aligned(off) {
 		return 0, e, corruptf("L1 entry", entryOff, "L2 table offset %#x is not aligned to a cluster", uint64(off))
 	}
-	return off, e, nil
+	if off == 0 {
+		return 0, e, nil
+	}
+	return off, e, im.checkUnguarded("L2 table", off, im.geo.clusterSize)
 }
 
 // checkL2 validates entry e, which stands at index of the L2 table at off.
@@ -44,6 +47,9 @@ func (im *Image) checkL2(e l2Entry, off HostOffset, index int) error {
 	}
 	if e.zero() && im.hdr.version < 3 {
 		return corruptf("L2 entry", off+HostOffset(index*entryBytes), "the zero flag is set in a version 2 image")
+	}
+	if e.offset() == off {
+		return corruptf("L2 entry", off+HostOffset(index*entryBytes), "it names the table that it is in")
 	}
 	if e.offset() == 0 && e.copied() {
 		return corruptf("L2 entry", off+HostOffset(index*entryBytes), "COPIED is set without a host offset")

@@ -354,7 +354,7 @@ func (m *model) snapshot(o op) {
 		return
 	}
 	s, err := m.im.CreateSnapshot(m.t.Context(), qcow2.Snapshot{Name: fmt.Sprint("s", o.arg)})
-	if errors.Is(err, qcow2.ErrRefcountOverflow) && m.c.refcountBits < 4 {
+	if errors.Is(err, qcow2.ErrRefcountOverflow) && m.c.refcountBits < 8 {
 		return // and nothing has changed, as the next reads and checks show
 	}
 	if err != nil {
@@ -377,7 +377,7 @@ func (m *model) useSnapshot(kind string, i int) {
 		m.snaps = slices.Delete(m.snaps, i, i+1)
 	case "apply":
 		err := m.im.ApplySnapshot(m.t.Context(), s.id)
-		if errors.Is(err, qcow2.ErrRefcountOverflow) && m.c.refcountBits < 4 {
+		if errors.Is(err, qcow2.ErrRefcountOverflow) && m.c.refcountBits < 8 {
 			return
 		}
 		if err != nil {

@@ -161,7 +161,7 @@ func (im *Image) readTables() error {
 		return fmt.Errorf("qcow2: size of the image file: %w", err)
 	}
 	im.allocator.init(g, h.refcountTableOffset, reftable, fileSize)
-	return nil
+	return im.guardTables()
 }
 
 func (im *Image) openBacking(ctx context.Context) error {

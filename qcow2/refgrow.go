@@ -65,6 +65,7 @@ func (im *Image) addRefblockLocked(table int) error {
 	a.mu.Lock()
 	a.reftable = reftable
 	a.mu.Unlock()
+	im.guardRefblock(c)
 	return nil
 }
 
@@ -172,6 +173,7 @@ func (im *Image) growReftable(table int) error {
 	a.mu.Lock()
 	a.reftable, a.reftableOff = reftable, g.hostOffset(at)
 	a.mu.Unlock()
+	_ = im.guardTables() // an overlap was refused at open, and alloc makes none
 	im.release(g.hostCluster(oldOff), g.clusters(int64(len(old)*entryBytes)), true)
 	return nil
 }

@@ -129,6 +129,7 @@ func (im *Image) switchL1(l1 *l1Table, size int64) error {
 	im.hdrMu.Lock()
 	im.hdr.size, im.hdr.l1Size, im.hdr.l1Offset = uint64(size), uint32(len(l1.entries)), l1.off
 	im.hdrMu.Unlock()
+	_ = im.guardTables() // an overlap was refused at open, and alloc makes none
 	if n := g.clusters(int64(len(old.entries)) * entryBytes); n > 0 {
 		im.release(g.hostCluster(old.off), n, true)
 	}

@@ -114,6 +114,7 @@ func (im *Image) switchSnapshots(records []snapshotRecord) error {
 	im.hdr.nbSnapshots, im.hdr.snapshotsOffset = uint32(len(records)), g.hostOffset(first)
 	im.records, im.recordsBytes = records, int64(len(raw))
 	im.hdrMu.Unlock()
+	_ = im.guardTables() // an overlap was refused at open, and alloc makes none
 	if oldBytes > 0 {
 		im.release(g.hostCluster(oldOff), g.clusters(oldBytes), true)
 	}
@@ -140,8 +141,15 @@ func (im *Image) checkL1(structure string, off HostOffset, entries []uint64) err
 		if r := l1Entry(e).reserved(); r != 0 {
 			return corruptf(structure, entryOff, "reserved bits %#x are set", r)
 		}
-		if table := l1Entry(e).offset(); !im.geo.aligned(table) {
+		table := l1Entry(e).offset()
+		if !im.geo.aligned(table) {
 			return corruptf(structure, entryOff, "L2 table offset %#x is not aligned to a cluster", uint64(table))
+		}
+		if table == 0 {
+			continue
+		}
+		if err := im.checkUnguarded("L2 table", table, im.geo.clusterSize); err != nil {
+			return err
 		}
 	}
 	return nil

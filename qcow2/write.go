@@ -42,7 +42,9 @@ func (im *Image) write(p []byte, off int64) (int, error) {
 		}
 		n := int(m.n)
 		if m.inPlace {
-			_, err = im.f.WriteAt(rest[:n], int64(m.host))
+			if err = im.checkUnguarded("data cluster", m.host, m.n); err == nil {
+				_, err = im.f.WriteAt(rest[:n], int64(m.host))
+			}
 		} else {
 			n, err = im.writeNew(rest, at)
 		}
@@ -134,6 +136,9 @@ func needsNew(entries []l2Entry) int {
 // writeOverZeroes writes into the host cluster that a zero cluster kept: the
 // rest of it is zeroed with the same write, then the entry loses its zero flag.
 func (im *Image) writeOverZeroes(p []byte, off int64, r l2Run, e l2Entry) (int, error) {
+	if err := im.checkUnguarded("data cluster", e.offset(), im.geo.clusterSize); err != nil {
+		return 0, err
+	}
 	length := min(int64(len(p)), im.geo.clusterSize-im.geo.inCluster(off))
 	if err := im.writeAround(p[:length], off, e.offset(), e, e, false); err != nil {
 		return 0, err
