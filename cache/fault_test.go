@@ -129,6 +129,7 @@ func TestFailedImageDoesNotBlockOthers(t *testing.T) {
 			t.Errorf("table %d of the failed image: %d, want %d", i, got, i+200)
 		}
 	}
+	c.checkInvariants(t)
 	hb.Drop(0)
 	tab, err := hb.Create(1, 4096)
 	if err != nil {

@@ -84,6 +84,7 @@ func (r *killRun) look(mem []byte, files [2]*recorder, depth int) {
 	for image, f := range files {
 		hs[image] = killHandle(t, c, image, f) // all, before any needs room
 	}
+	c.checkInvariants(t)
 	for image, f := range files {
 		h := hs[image]
 		for table := range killTables {
@@ -182,6 +183,7 @@ func TestKillPoints(t *testing.T) {
 		}
 	}
 	r.doing = killOp{image: -1}
+	c.checkInvariants(t)
 	for _, h := range hs {
 		if err := h.Close(); err != nil {
 			t.Error(err)

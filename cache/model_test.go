@@ -136,6 +136,9 @@ func TestOrderUnderLoad(t *testing.T) {
 		}
 	}
 	images.Wait()
+	cancel()
+	running.Wait()
+	c.checkInvariants(t)
 }
 
 // TestModel runs random operations from many goroutines on several images in
@@ -173,6 +176,7 @@ func TestModel(t *testing.T) {
 					all.Go(func() { m.run(t, 400) })
 				}
 				all.Wait()
+				c.checkInvariants(t)
 				for _, h := range handles {
 					if err := h.Close(); err != nil {
 						t.Error(err)
@@ -352,6 +356,7 @@ func TestFailuresUnderLoad(t *testing.T) {
 		})
 	}
 	all.Wait()
+	c.checkInvariants(t)
 	if n := c.dirty.Load(); n != 0 {
 		t.Errorf("%d dirty tables counted after all are closed", n)
 	}
