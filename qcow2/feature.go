@@ -24,7 +24,6 @@ const (
 	autoclearRawData = uint64(1) << 1 // the external data file is a raw image
 
 	incompatSupported = incompatDirty | incompatCorrupt | incompatCompression
-	autoclearKnown    = autoclearBitmaps
 )
 
 // A featureName is an entry of the feature name table.

@@ -34,11 +34,11 @@ func validateTables(f File, h *header) error {
 	add("refcount table", h.refcountTableOffset, int64(h.refcountTableClusters)*g.clusterSize)
 	add("snapshot table", h.snapshotsOffset, tableBytes)
 	for i := range records {
-		s := &records[i]
-		if err := s.validateL1(&g); err != nil {
+		r := &records[i]
+		if err := r.validateL1(&g); err != nil {
 			return err
 		}
-		add("snapshot L1 table", s.l1Offset, int64(s.l1Size)*entryBytes)
+		add("snapshot L1 table", r.l1Offset, int64(r.l1Size)*entryBytes)
 	}
 	slices.SortStableFunc(ranges, func(a, b tableRange) int { return cmp.Compare(a.off, b.off) })
 	for i := 1; i < len(ranges); i++ {
@@ -50,14 +50,14 @@ func validateTables(f File, h *header) error {
 }
 
 // validateL1 checks the place of the snapshot's L1 table, and the size of the disk it maps.
-func (s *snapshotRecord) validateL1(g *geometry) error {
+func (r *snapshotRecord) validateL1(g *geometry) error {
 	switch {
-	case !g.aligned(s.l1Offset) || s.l1Offset >= maxHostOffset:
-		return corruptf("snapshot L1 table", s.l1Offset, "the offset in snapshot %q is not a multiple of the cluster size %d below 2^56", s.id, g.clusterSize)
-	case int64(s.l1Size)*entryBytes > maxL1Bytes:
-		return corruptf("snapshot L1 table", s.l1Offset, "%d entries in snapshot %q, more than %d", s.l1Size, s.id, maxL1Bytes/entryBytes)
-	case s.diskSize > maxVirtualSize:
-		return corruptf("snapshot L1 table", s.l1Offset, "the virtual size %d of snapshot %q is beyond the limit %d", s.diskSize, s.id, int64(maxVirtualSize))
+	case !g.aligned(r.l1Offset) || r.l1Offset >= maxHostOffset:
+		return corruptf("snapshot L1 table", r.l1Offset, "the offset in snapshot %q is not a multiple of the cluster size %d below 2^56", r.id, g.clusterSize)
+	case int64(r.l1Size)*entryBytes > maxL1Bytes:
+		return corruptf("snapshot L1 table", r.l1Offset, "%d entries in snapshot %q, more than %d", r.l1Size, r.id, maxL1Bytes/entryBytes)
+	case r.diskSize > maxVirtualSize:
+		return corruptf("snapshot L1 table", r.l1Offset, "the virtual size %d of snapshot %q is beyond the limit %d", r.diskSize, r.id, int64(maxVirtualSize))
 	}
 	return nil
 }
