@@ -28,12 +28,7 @@ snapshot, restore, clone, expand, trim, delete. What it stores, it compares.
 
 It needs root. It exits with 0 only if everything held, and in every case takes
 away what it made.`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageErrorf("demo takes no argument, got %q", args[0])
-			}
-			return nil
-		},
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			devices := []string{"auto", "nbd", "fuse"}
 			if !slices.Contains(devices, o.Device) {

@@ -31,7 +31,7 @@ the pools, the images, the cache and the devices. It must run as root.
 
 SIGTERM ends it: it refuses new calls, finishes those under way, flushes the
 images and removes its socket.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.validate(); err != nil {
 				return usageErrorf("%v", err)
