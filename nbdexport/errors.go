@@ -4,7 +4,7 @@ import "errors"
 
 // Errors that a caller can act on. Compare with errors.Is.
 var (
-	// ErrServerClosed: Serve was called on, or ended by, a closed Server.
+	// ErrServerClosed: Server.Serve has ended because its context did.
 	ErrServerClosed = errors.New("nbdexport: server closed")
 	// ErrProtocol: the client broke the protocol in a way that leaves no
 	// common position in the stream; its connection was closed.

@@ -27,6 +27,7 @@ type handshake struct {
 	conn   io.ReadWriter // with a deadline for the whole handshake
 	lookup func(name string) *Export
 	list   func() []*Export
+	single bool // the server takes one connection at a time
 
 	fixed    bool // the client takes part in option haggling
 	noZeroes bool // the client does without the padding of EXPORT_NAME
@@ -280,6 +281,9 @@ func (h *handshake) flagsOf(e *Export) TransmissionFlags {
 	flags := e.TransmissionFlags()
 	if !h.terms.structured {
 		flags &^= FlagSendDF // a simple reply cannot be fragmented anyway
+	}
+	if h.single {
+		flags &^= FlagCanMultiConn // a second connection would wait for the end of the first
 	}
 	return flags
 }

@@ -138,6 +138,18 @@ func TestMaxConnections(t *testing.T) {
 	third.Start("", nbdtest.Simple)
 }
 
+// TestSingleConnectionIsNotCalledMulti checks that a client is not invited to
+// open connections that would wait for its own first one.
+func TestSingleConnectionIsNotCalledMulti(t *testing.T) {
+	for n, want := range map[int]bool{1: false, 2: true, -1: true} {
+		s := startServer(t, nbdexport.ServerOptions{MaxConnections: n}, &nbdexport.Export{Backend: nbdtest.NewMemory(1 << 20)})
+		_, flags := s.client().Start("", nbdtest.Structured)
+		if got := flags&(1<<8) != 0; got != want {
+			t.Errorf("at most %d connections: CAN_MULTI_CONN %v: want %v", n, got, want)
+		}
+	}
+}
+
 func TestManyIdleClientsDoNotStopOthers(t *testing.T) {
 	s := startServer(t, nbdexport.ServerOptions{MaxConnections: -1, HandshakeTimeout: time.Second}, &nbdexport.Export{Backend: nbdtest.NewMemory(1 << 20)})
 	for range 200 {

@@ -18,7 +18,7 @@ import (
 // ServerOptions configure a Server. The zero value is ready to use.
 type ServerOptions struct {
 	// MaxConnections bounds the clients at a time; others wait to be accepted.
-	// Default 100, and -1 means no bound.
+	// Default 100, and -1 means no bound. With 1, CAN_MULTI_CONN is not announced.
 	MaxConnections int
 	// HandshakeTimeout bounds the time from the connection to the transmission
 	// phase. Default 10 s.
@@ -97,7 +97,7 @@ func (s *Server) list() []*Export {
 
 // Serve accepts and serves connections of l until ctx ends or l fails; it
 // closes l. When it returns, every connection that it accepted is closed, and
-// what those had read is answered.
+// what those had read is answered. It returns ErrServerClosed when ctx ended it.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() }) // ends Accept; its error says so
 	defer stop()
@@ -115,7 +115,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
-				return ctx.Err()
+				return fmt.Errorf("%w: %w", ErrServerClosed, ctx.Err())
 			}
 		}
 		nc, err := l.Accept()
@@ -131,7 +131,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			case <-time.After(acceptPause):
 				continue
 			case <-ctx.Done():
-				return ctx.Err()
+				return fmt.Errorf("%w: %w", ErrServerClosed, ctx.Err())
 			}
 		}
 		conns.Add(1)
@@ -185,7 +185,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) {
 
 // serveConn does the work of ServeConn.
 func (s *Server) serveConn(ctx context.Context, nc net.Conn) (negotiated bool, err error) {
-	h := handshake{conn: nc, lookup: s.lookup, list: s.list}
+	h := handshake{conn: nc, lookup: s.lookup, list: s.list, single: s.opts.MaxConnections == 1}
 	if err := s.negotiate(ctx, nc, &h); err != nil {
 		nc.Close() // err says more
 		return false, err

@@ -190,7 +190,7 @@ func serveNBD(ctx context.Context, f *nbdFlags, name string, o imagefile.Options
 		}
 		defer os.Remove(f.pidFile) // a leftover is harmless
 	}
-	if err := server.Serve(ctx, listener); !errors.Is(err, context.Canceled) {
+	if err := server.Serve(ctx, listener); !errors.Is(err, nbdexport.ErrServerClosed) {
 		return err
 	}
 	return nil

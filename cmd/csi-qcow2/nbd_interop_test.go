@@ -101,6 +101,15 @@ func TestNBDCopyBothWays(t *testing.T) {
 	})
 }
 
+// TestNBDCopyFromAServerForOneClient checks that nbdcopy, which opens four
+// connections where it may, is not led into waiting for itself.
+func TestNBDCopyFromAServerForOneClient(t *testing.T) {
+	p := startNBD(t, "-t", "-f", "raw", newImage(t, "raw"))
+	out := filepath.Join(t.TempDir(), "out.raw")
+	tool(t, "libnbd-bin", "nbdcopy", p.uri, out)
+	qemutest.Img(t, "compare", "-f", "raw", "-F", "raw", p.uri, out)
+}
+
 // pattern returns n bytes that differ from block to block, with holes.
 func pattern(n int) []byte {
 	b := make([]byte, n)

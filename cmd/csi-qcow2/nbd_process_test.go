@@ -64,8 +64,11 @@ func startNBD(t *testing.T, args ...string) *nbdProcess {
 		p.cmd.Process.Signal(syscall.SIGTERM)
 		p.waitEnd(0)
 	})
-	p.until("socket is there", func() bool {
-		_, err := os.Stat(p.socket)
+	p.until("it listens", func() bool { // the socket is there a moment before
+		conn, err := net.Dial("unix", p.socket)
+		if err == nil {
+			conn.Close()
+		}
 		return err == nil
 	})
 	return p
