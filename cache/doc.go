@@ -122,7 +122,9 @@
 // that was stored: in the file, or dirty in the arena. Create and Drop do not keep
 // the table's former content: a kill may take it although they have not
 // returned. An arena of another boot, generation or layout, or a damaged one, is
-// refused as a whole (ArenaError): that is a power loss. Its header has a
+// refused as a whole (ArenaError): that is a power loss. That an image had failed is
+// not in the arena: whoever must verify such an image before it is used again
+// keeps a record of it elsewhere. Its header has a
 // checksum, so has the identity in each entry, and each state a parity; the
 // content of the tables has none, as little as any memory of a process. An image that
 // other processes have written since must not be claimed by the same ID: whoever

@@ -160,5 +160,6 @@ func (c *Cache) claimLocked(h *Handle, f File, o HandleOptions) error {
 }
 
 // Adopted returns the number of dirty tables that a predecessor had left for
-// this image when it was opened. If it is 0, the file is as the predecessor wrote it.
+// this image when it was opened. If it is 0, and the image had not failed, the
+// predecessor had written back everything.
 func (h *Handle) Adopted() int { return h.adopted }
