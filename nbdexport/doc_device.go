@@ -64,8 +64,9 @@
 //   - io_timeout is in /sys/block/nbdN/queue; CONNECT with TIMEOUT 0 leaves it at 30 s. At 1 s the driver prints
 //     "Possible stuck request" for whatever takes longer, and does nothing else while the socket is the same.
 //   - A RECONFIGURE with SIZE_BYTES grows a mounted device with requests under way.
-//   - After NBD_DISCONNECT by another program the identifier stays in sysfs until a netlink DISCONNECT; the device
-//     is dead, not gone.
+//   - After the ioctl NBD_DISCONNECT by another program the identifier stays in sysfs until a netlink DISCONNECT;
+//     the device is dead, not gone, and every open scans for partitions, with I/O errors in the kernel's log.
+//   - With a dead socket and no disconnect, an open reads nothing and does not wait.
 //   - There is no WRITE_ZEROES: mkfs.xfs writes out the zeroes of its log, 64 MiB by default.
 //
 // loop over FUSE, Linux 6.18:

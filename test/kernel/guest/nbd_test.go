@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -300,20 +301,19 @@ func TestDiscardOption(t *testing.T) {
 	}
 }
 
-// TestServerLost takes the socket from a device. It must be called dead, left alone by a resize, and go.
+// TestServerLost cuts the connection of a device. It must be called dead, left alone by a resize, and go.
 func TestServerLost(t *testing.T) {
 	a := newAttacher(t)
 	d := newDisk(t, "raw", 16<<20)
+	before := sockets(t)
 	dev := attach(t, a, d, nbdexport.DeviceOptions{ID: "lost.g1"})
-	const nbdDisconnect = 0xab08 // NBD_DISCONNECT of linux/nbd.h
-	f, err := os.OpenFile(dev.Path(), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
+	for fd := range sockets(t) {
+		if !before[fd] {
+			if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	if err := unix.IoctlSetInt(int(f.Fd()), nbdDisconnect, 0); err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
 	deadline := time.Now().Add(10 * time.Second)
 	for err := dev.Health(); !errors.Is(err, nbdexport.ErrDeviceDead); err = dev.Health() {
 		if time.Now().After(deadline) {
@@ -330,6 +330,26 @@ func TestServerLost(t *testing.T) {
 	if err := dev.Detach(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// sockets returns the descriptors of this process that are Unix sockets.
+func sockets(t *testing.T) map[int]bool {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[int]bool)
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && domain == unix.AF_UNIX {
+			found[fd] = true
+		}
+	}
+	return found
 }
 
 // runDir is the run-dir of the tests and of the processes they kill.
