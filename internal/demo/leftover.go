@@ -21,11 +21,12 @@ type leftover struct {
 
 func (l leftover) String() string { return fmt.Sprintf("%s %s (%s)", l.kind, l.name, l.what) }
 
-// leftovers asks the kernel what belongs to s, in the order in which it is
-// taken away: mounts, newest first, then devices, then processes.
+// leftovers asks the kernel what belongs to s, in the order in which force
+// takes it away: nbd devices, whose requests would wait for a dead agent and a
+// umount for them; mounts, newest first; loop devices; processes.
 func (s stage) leftovers() ([]leftover, error) {
 	var all []leftover
-	for _, find := range []func() ([]leftover, error){s.mounts, s.loops, s.nbds, s.processes} {
+	for _, find := range []func() ([]leftover, error){s.nbds, s.mounts, s.loops, s.processes} {
 		some, err := find()
 		if err != nil {
 			return nil, err
