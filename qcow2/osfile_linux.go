@@ -55,7 +55,7 @@ const maxBounceBytes = 1 << 20
 // OpenFile opens the existing file path. Errors: those of open(2) as
 // *fs.PathError, and a *LockError, which matches ErrLocked.
 func OpenFile(path string, o FileOptions) (*OSFile, error) {
-	flags := unix.O_CLOEXEC
+	flags := unix.O_CLOEXEC | unix.O_NONBLOCK // opening a FIFO must not wait; files do not care
 	if o.ReadOnly {
 		flags |= unix.O_RDONLY
 	} else {

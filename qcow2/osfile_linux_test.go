@@ -237,6 +237,7 @@ func TestOpenFileRefuses(t *testing.T) {
 		{"directory", dir, FileOptions{ReadOnly: true}, unix.EISDIR},
 		{"link", link, FileOptions{NoFollow: true}, unix.ELOOP},
 		{"fifo", fifo, FileOptions{}, nil},
+		{"fifo read-only", fifo, FileOptions{ReadOnly: true}, nil},
 	} {
 		f, err := OpenFile(tt.path, tt.o)
 		if err == nil {

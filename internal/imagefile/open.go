@@ -22,6 +22,9 @@ type Options struct {
 	// Cache is the metadata cache of all images of the chain; nil gives each its own.
 	Cache     *cache.Cache
 	CacheMode CacheMode
+	// ID and Unclean are qcow2.Options' of an image that is opened read-write.
+	ID      [16]byte
+	Unclean bool
 	// Discard gives discarded space back to the host file.
 	Discard bool
 	// ForceShare tolerates other processes that write the files; requires ReadOnly.
@@ -179,8 +182,14 @@ func (op *opener) lock(file qcow2.File, format string, o nodeOptions, above *lev
 }
 
 func (op *opener) openQcow2(ctx context.Context, file qcow2.File, n *node, o nodeOptions, at *level) (qcow2.Disk, error) {
+	var id [16]byte
+	if !o.readOnly { // backing files are many, and nobody writes them
+		id = op.opts.ID
+	}
 	im, err := qcow2.Open(ctx, file, qcow2.Options{
 		ReadOnly:    o.readOnly,
+		ID:          id,
+		Unclean:     op.opts.Unclean,
 		Snapshot:    o.snapshot,
 		Cache:       op.opts.Cache,
 		PassDiscard: op.opts.Discard,
