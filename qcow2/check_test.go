@@ -343,6 +343,7 @@ func pokedImages() []testImage {
 func TestCheckPokedAgreesWithQemu(t *testing.T) {
 	for _, im := range pokedImages() {
 		t.Run(im.name, func(t *testing.T) {
+			t.Parallel()
 			dir := scratch(t)
 			sound := filepath.Join(dir, "sound.qcow2")
 			im.make(t, sound)

@@ -91,21 +91,21 @@ func (c *checker) planStructure() (*newStructure, error) {
 	s := &newStructure{first: max(highest, c.counts.highest()) + 1}
 	for end := s.first; s.end < end || s.end == 0; {
 		s.end = end
-		last, _ := c.g.refblockIndex(end)
 		from, _ := c.g.refblockIndex(s.first)
+		last, _ := c.g.refblockIndex(end)
+		s.entries = c.g.roundUp(int64(last+1)*entryBytes) / entryBytes
+		if s.entries > maxReftableBytes/entryBytes {
+			return nil, fmt.Errorf("%w: the refcounts of cluster %d need a refcount table of %d bytes, more than %d; copy the image",
+				ErrTooLarge, uint64(highest), s.entries*entryBytes, maxReftableBytes)
+		}
 		s.blocks = slices.Clone(needed)
 		for i := from; i <= last; i++ {
 			if n := len(s.blocks); n == 0 || s.blocks[n-1] < i {
 				s.blocks = append(s.blocks, i)
 			}
 		}
-		s.entries = c.g.roundUp(int64(last+1)*entryBytes) / entryBytes
 		s.table = s.first + hostCluster(len(s.blocks))
 		end = s.table + hostCluster(c.g.clusters(s.entries*entryBytes))
-	}
-	if s.entries*entryBytes > maxReftableBytes {
-		return nil, fmt.Errorf("%w: the refcounts of cluster %d need a refcount table of %d bytes, more than %d; copy the image",
-			ErrTooLarge, uint64(highest), s.entries*entryBytes, maxReftableBytes)
 	}
 	return s, c.checkUnused(s.first, s.end)
 }

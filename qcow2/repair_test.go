@@ -38,6 +38,7 @@ var overlapPokes = map[string]bool{
 func TestRepairPoked(t *testing.T) {
 	for _, im := range pokedImages() {
 		t.Run(im.name, func(t *testing.T) {
+			t.Parallel()
 			dir := scratch(t)
 			sound := filepath.Join(dir, "sound.qcow2")
 			im.make(t, sound)
@@ -176,7 +177,7 @@ func TestRepairPowerLoss(t *testing.T) {
 		}
 		repaired++
 		want := diskContent(t, log)
-		for s := range rec.States(newRand(t), 3) {
+		for s := range rec.States(newRand(t), 1) {
 			after := s.Disk()
 			e := editor{t, after}
 			r, err := qcow2.CheckFile(t.Context(), after, qcow2.CheckOptions{})
