@@ -31,6 +31,7 @@ type nbdFlags struct {
 	noCache     bool
 	discard     string
 	pidFile     string
+	runDir      string
 	verbose     bool
 }
 
@@ -75,6 +76,7 @@ end it after the requests under way, and the image is flushed.`,
 	fl.StringVar(&f.discard, "discard", "ignore", "what to do with discards: ignore or unmap")
 	fl.BoolP("allocation-depth", "A", false, "accepted for compatibility: qemu:allocation-depth is always offered")
 	fl.StringVar(&f.pidFile, "pid-file", "", "write the process ID to `PATH` when ready")
+	fl.StringVar(&f.runDir, "run-dir", "", "keep unflushed metadata in `DIR`, on a tmpfs: a server that is killed and started again with the same directory has lost nothing that it acknowledged")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "report connections on stderr")
 	return cmd
 }
@@ -148,6 +150,19 @@ func parseLoadSnapshot(s string) (string, error) {
 // serveNBD serves the image file name until ctx ends, or, unless f.persistent,
 // until the last client has gone. Then the image is flushed and closed.
 func serveNBD(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) (err error) {
+	if f.runDir != "" {
+		r, err := openNBDRunDir(f.runDir, name, &o)
+		if err != nil {
+			return fmt.Errorf("nbd: %w", err)
+		}
+		err = serveImage(ctx, f, name, o)
+		return errors.Join(err, r.close(err == nil))
+	}
+	return serveImage(ctx, f, name, o)
+}
+
+// serveImage is serveNBD without a run directory.
+func serveImage(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) (err error) {
 	disk, info, err := imagefile.Open(ctx, name, o)
 	if err != nil {
 		return fmt.Errorf("nbd: open %q: %w", name, err)

@@ -52,7 +52,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 
-	tables, err := openCache(f)
+	tables, err := openCache(f.runDir, f.cacheBytes)
 	if err != nil {
 		return err
 	}
@@ -85,23 +85,6 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 		workers.Go(func() { pool.Run(background) })
 	}
 	return serveNode(ctx, f, pools)
-}
-
-// arenaName is the file in the run directory that holds the metadata cache.
-const arenaName = "arena"
-
-// openCache opens the metadata cache. Its memory is a file in the run directory:
-// when this process is killed the tables that it had not written are still
-// there, and the next process goes on with them.
-func openCache(f nodeFlags) (*cache.Cache, error) {
-	o := cache.Options{Bytes: f.cacheBytes, Path: filepath.Join(f.runDir, arenaName)}
-	tables, err := cache.New(o)
-	if errors.Is(err, cache.ErrArena) {
-		klog.ErrorS(err, "the predecessor's cache cannot be used: what was not flushed is lost, as in a power loss")
-		o.Fresh = true
-		tables, err = cache.New(o)
-	}
-	return tables, err
 }
 
 // forgetUnclaimed drops the tables of images that are in no pool any more. Those

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"csi-qcow2/cache"
+	"csi-qcow2/internal/imagefile"
+	"csi-qcow2/qcow2"
+)
+
+// servingName is the file in a run directory that says which image is being
+// served. It is removed when the image was closed, so one that is found names an
+// image whose server was killed.
+const servingName = "serving"
+
+// An nbdRunDir is what a server keeps across its own death: the metadata cache,
+// and the name of its image.
+type nbdRunDir struct {
+	path   string
+	tables *cache.Cache
+}
+
+// openNBDRunDir prepares dir for serving the image file name, and sets in o what
+// the image needs to be taken over from a killed server.
+func openNBDRunDir(dir, name string, o *imagefile.Options) (*nbdRunDir, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	tables, err := openCache(dir, qcow2.DefaultCacheBytes)
+	if err != nil {
+		return nil, fmt.Errorf("run directory %q: %w", dir, err)
+	}
+	r := &nbdRunDir{dir, tables}
+	// The arena's lock is ours now: nobody else writes here.
+	previous, err := os.ReadFile(r.serving())
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		err = os.WriteFile(r.serving(), []byte(name), 0o600)
+	case err == nil && string(previous) != name:
+		err = fmt.Errorf("run directory %q: the server of %q was killed; serve that image once more, or remove the directory and lose what was not flushed", dir, previous)
+	}
+	if err != nil {
+		return nil, errors.Join(err, tables.Close())
+	}
+	sum := sha256.Sum256([]byte(name))
+	o.Cache, o.ID, o.Unclean = tables, [16]byte(sum[:16]), previous != nil
+	return r, nil
+}
+
+func (r *nbdRunDir) serving() string { return filepath.Join(r.path, servingName) }
+
+// close ends the use of the directory. clean says that the image was closed.
+func (r *nbdRunDir) close(clean bool) error {
+	var err error
+	if clean {
+		err = os.Remove(r.serving())
+	}
+	return errors.Join(err, r.tables.Close())
+}
