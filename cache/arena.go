@@ -85,7 +85,7 @@ func (a *arena) unmap() error {
 		errs = append(errs, fmt.Errorf("cache: unmap arena: %w", err))
 	}
 	if a.file != nil {
-		errs = append(errs, a.file.Close())
+		errs = append(errs, closeLocked(a.file))
 	}
 	return errors.Join(errs...)
 }

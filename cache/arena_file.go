@@ -22,12 +22,12 @@ func mapFile(path string, slots int, generation uint64, fresh bool) (*arena, []e
 	}
 	want := header{slots: uint64(slots), bootID: boot, generation: generation}
 	if err := lockFile(f); err != nil {
-		return nil, nil, errors.Join(err, f.Close())
+		return nil, nil, errors.Join(err, closeLocked(f))
 	}
 	if !fresh {
 		a, left, err := mapLeft(f, want)
 		if err != nil {
-			return nil, nil, errors.Join(err, f.Close())
+			return nil, nil, errors.Join(err, closeLocked(f))
 		}
 		if a != nil {
 			return a, left, nil
@@ -35,7 +35,7 @@ func mapFile(path string, slots int, generation uint64, fresh bool) (*arena, []e
 	}
 	a, err := mapNew(f, want)
 	if err != nil {
-		return nil, nil, errors.Join(err, f.Close())
+		return nil, nil, errors.Join(err, closeLocked(f))
 	}
 	return a, nil, nil
 }
@@ -98,6 +98,13 @@ func lockFile(f *os.File) error {
 		return fmt.Errorf("%w: arena %q was replaced while it was opened", ErrInUse, f.Name())
 	}
 	return nil
+}
+
+// closeLocked closes f and gives up its lock, if it has it. Closing alone would
+// leave the lock to a child of this process that was forked just now and has
+// not yet closed its copy of the descriptor by exec.
+func closeLocked(f *os.File) error {
+	return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 }
 
 // readHeader returns the header of the arena in f, nil if there is none: the

@@ -23,6 +23,12 @@ func TestArenaFileIsLocked(t *testing.T) {
 	if _, err := New(o); !errors.Is(err, ErrInUse) {
 		t.Errorf("second New: %v, want ErrInUse", err)
 	}
+	// A child between fork and exec has a copy of every descriptor.
+	child, err := unix.FcntlInt(c.arena.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(child)
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
