@@ -77,20 +77,49 @@ func startHolder(t *testing.T, runDir, disk string) (dev string, kill func()) {
 	return strings.TrimSpace(line), kill
 }
 
-// TestStaleAfterKill kills a process that serves a mounted device, and cleans up after it.
+// waitForFile waits until a file has a size.
+func waitForFile(t *testing.T, path string, size int64) {
+	t.Helper()
+	deadline := time.Now().Add(time.Minute)
+	for {
+		if fi, err := os.Stat(path); err == nil && fi.Size() >= size {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s did not grow to %d bytes", path, size)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestStaleAfterKill kills a process that serves a mounted device in use, and cleans up after it.
 func TestStaleAfterKill(t *testing.T) {
+	for _, fstype := range []string{"ext4", "xfs"} {
+		t.Run(fstype, func(t *testing.T) { testStaleAfterKill(t, fstype) })
+	}
+}
+
+func testStaleAfterKill(t *testing.T, fstype string) {
 	runDir := t.TempDir()
 	disk := filepath.Join(t.TempDir(), "disk.raw")
-	b, err := nbdtest.NewFileBackend(disk, 128<<20)
+	b, err := nbdtest.NewFileBackend(disk, 512<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer b.Close()
 	dev, kill := startHolder(t, runDir, disk)
-	run(t, "mkfs.ext4", "-q", dev)
-	dir, unmount := mount(t, dev, "ext4")
+	run(t, "mkfs."+fstype, "-q", dev)
+	dir, unmount := mount(t, dev, fstype)
 	sums := fillFiles(t, dir, 4)
+	busy := exec.Command("dd", "if=/dev/zero", "of="+filepath.Join(dir, "busy"), "bs=64k", "count=1000000", "oflag=direct")
+	if err := busy.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitForFile(t, filepath.Join(dir, "busy"), 1<<20)
 	kill()
+	if err := busy.Wait(); err == nil {
+		t.Error("a writer saw no error when the server was killed")
+	}
 
 	a, err := nbdexport.NewAttacher(nbdexport.KindFUSE, nbdexport.AttacherOptions{RunDir: runDir})
 	if err != nil {
@@ -188,6 +217,25 @@ func TestStaleMountWithoutLoop(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkNothingLeft(t, runDir)
+}
+
+// TestStaleDirectory finds what a process left that died between making a directory and mounting on it.
+func TestStaleDirectory(t *testing.T) {
+	a, runDir := newAttacher(t)
+	if err := os.MkdirAll(filepath.Join(runDir, "fuse", "vol-1.g1"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	stale, err := a.Stale(t.Context())
+	if err != nil || len(stale) != 1 || stale[0].ID != "vol-1.g1" || stale[0].Path != "" {
+		t.Fatalf("stale: %+v, %v; want the directory", stale, err)
+	}
+	if err := stale[0].Clean(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	attach(t, a, newBackend(t, 1<<20), nbdexport.DeviceOptions{ID: "vol-1.g1"})
+	if stale, err := a.Stale(t.Context()); err != nil || len(stale) != 0 {
+		t.Errorf("stale with a living device: %+v, %v", stale, err)
+	}
 }
 
 // TestChildrenInheritNothing checks that a child of the serving process holds no descriptor of a device.
