@@ -293,6 +293,18 @@ func TestKeepAndStop(t *testing.T) {
 	if targets, err := filepath.Glob(filepath.Join(r.dir, "pods", "*", "volume", "tree")); err != nil || len(targets) < 4 {
 		t.Errorf("%d volumes are mounted, want 4 or more (%v)", len(targets), err)
 	}
+	_, advice, _ := strings.Cut(r.output(), "Look around:\n")
+	advice, _, _ = strings.Cut(advice, "\n\n")
+	commands := strings.Split(advice, "\n")
+	if len(commands) < 4 {
+		t.Errorf("the advice is %q", advice)
+	}
+	for _, command := range commands {
+		command = strings.Replace(command, "tail -f", "tail -n 1", 1)
+		if out, err := exec.Command("sh", "-c", command).CombinedOutput(); err != nil || len(out) == 0 {
+			t.Errorf("%s: %v: %s", command, err, out)
+		}
+	}
 	if out, err := stop(); err != nil {
 		t.Errorf("demo --stop: %v: %s", err, out)
 	}
