@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -103,7 +104,10 @@ type fakeDevice struct {
 	held    bool // somebody has it open; guarded by k.mu
 }
 
-func (d *fakeDevice) volume() string { return d.id[:len(d.id)-2] } // generations have one digit here
+func (d *fakeDevice) volume() string {
+	id, _, _ := strings.Cut(d.id, ".")
+	return id
+}
 
 func (d *fakeDevice) Path() string { return d.path }
 func (d *fakeDevice) Kind() string { return nbdexport.KindFUSE }

@@ -81,5 +81,8 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener, drain time.Duration)
 	defer cancel()
 	err := d.Drain(ctx)
 	s.Stop()
-	return errors.Join(err, <-served)
+	if serveErr := <-served; !errors.Is(serveErr, grpc.ErrServerStopped) { // it had not begun yet
+		err = errors.Join(err, serveErr)
+	}
+	return err
 }

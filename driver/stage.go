@@ -80,7 +80,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 		return nil, err
 	}
 	want.BootID = boot
-	want.Generation++
+	want.Generation = max(want.Generation+1, time.Now().UnixMilli())
 	v := &stagedVolume{hint: want}
 	disk, err := pool.Open(ctx, want.Volume)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
@@ -22,7 +23,7 @@ import (
 type stageHint struct {
 	Volume      string            `json:"volume"`
 	BootID      string            `json:"bootID"`     // the boot that it was written in
-	Generation  int               `json:"generation"` // counts the attaches of the volume
+	Generation  int64             `json:"generation"` // of the attach: rises with each, also across restarts
 	Device      string            `json:"device,omitempty"`
 	StagingPath string            `json:"stagingPath"`
 	Block       bool              `json:"block,omitempty"`
@@ -148,7 +149,15 @@ func (d *Driver) recover(ctx context.Context) error {
 			return fmt.Errorf("staged volume %q: %w", id, err)
 		}
 	}
-	return d.cleanStale(ctx, func(string) bool { return true })
+	// What a hint knows is still mounted most likely: it waits for stage or unstage.
+	return d.cleanStale(ctx, func(deviceID string) bool {
+		for _, v := range d.staged {
+			if v.hint.deviceID() == deviceID {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 func (d *Driver) recoverHint(ctx context.Context, id, boot string) error {
@@ -170,6 +179,10 @@ func (d *Driver) recoverHint(ctx context.Context, id, boot string) error {
 	return nil
 }
 
+// staleTimeout bounds how long one device of an ended process is waited for:
+// a pod may hold it for as long as it likes.
+const staleTimeout = 2 * time.Second
+
 // cleanStale removes devices of ended processes whose ID is wanted, as far as
 // nothing holds them. Those that are held stay for the next call.
 func (d *Driver) cleanStale(ctx context.Context, wanted func(deviceID string) bool) error {
@@ -181,7 +194,7 @@ func (d *Driver) cleanStale(ctx context.Context, wanted func(deviceID string) bo
 		if !wanted(dev.ID) {
 			continue
 		}
-		switch err := dev.Clean(ctx); {
+		switch err := clean(ctx, dev); {
 		case err == nil:
 			klog.FromContext(ctx).Info("removed a device of an ended process", "deviceID", dev.ID, "device", dev.Path)
 		case errors.Is(err, nbdexport.ErrDeviceBusy):
@@ -191,6 +204,12 @@ func (d *Driver) cleanStale(ctx context.Context, wanted func(deviceID string) bo
 		}
 	}
 	return ctx.Err()
+}
+
+func clean(ctx context.Context, dev nbdexport.StaleDevice) error {
+	ctx, cancel := context.WithTimeout(ctx, staleTimeout)
+	defer cancel()
+	return dev.Clean(ctx)
 }
 
 // cleanStaleOf is cleanStale for the devices of the volume id.

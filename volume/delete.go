@@ -165,8 +165,8 @@ func (p *Pool) reapPass(ctx context.Context) (progress, busy bool, err error) {
 // waste is what of one volume nothing needs any more.
 type waste struct {
 	snapshots []string // to delete from the image
-	views     []viewRef
-	volume    bool // the whole volume; snapshots and views are empty then
+	views     []string // snapshots whose view to remove
+	volume    bool     // the whole volume; snapshots and views are empty then
 }
 
 // wasteOf looks through the index; the caller holds the ID lock of e, or only
@@ -177,27 +177,21 @@ func (p *Pool) wasteOf(e *entry) waste {
 	if e.rec == nil || p.volumes[e.id] != e {
 		return waste{}
 	}
-	needed := make(map[string]bool) // snapshots with dependents
-	for _, other := range p.volumes {
-		if other.backing != nil && other.backing.Volume == e.id {
-			needed[other.backing.Snapshot] = true
-		}
-	}
 	var w waste
 	kept := 0
 	for id, rec := range e.snapshots {
-		if rec.live() || needed[id] {
+		if rec.live() || e.dependents[id] > 0 {
 			kept++
 		} else {
 			w.snapshots = append(w.snapshots, id)
 		}
 	}
-	if e.rec.Deleted && kept == 0 && len(needed) == 0 {
+	if e.rec.Deleted && kept == 0 && len(e.dependents) == 0 {
 		return waste{volume: true}
 	}
-	for v := range p.viewFiles {
-		if v.Volume == e.id && !needed[v.Snapshot] {
-			w.views = append(w.views, v)
+	for id := range e.views {
+		if e.dependents[id] == 0 {
+			w.views = append(w.views, id)
 		}
 	}
 	return w
@@ -215,8 +209,8 @@ func (p *Pool) reapVolume(ctx context.Context, e *entry) error {
 		return p.removeVolume(e)
 	}
 	// A view goes before its snapshot: it must never show clusters that are free.
-	for _, v := range w.views {
-		if err := p.removeView(v); err != nil {
+	for _, id := range w.views {
+		if err := p.removeView(e, id); err != nil {
 			return err
 		}
 	}
@@ -241,11 +235,7 @@ func (p *Pool) removeVolume(e *entry) error {
 	for id := range e.snapshots {
 		delete(p.snapshots, id)
 	}
-	for v := range p.viewFiles {
-		if v.Volume == e.id {
-			delete(p.viewFiles, v)
-		}
-	}
+	p.countDependent(e, -1)
 	p.mu.Unlock()
 	return p.dir.RemoveAll(gone)
 }

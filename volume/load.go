@@ -33,6 +33,9 @@ func (p *Pool) load() error {
 			p.snapshots[snap] = e
 		}
 	}
+	for _, e := range p.volumes {
+		p.countDependent(e, 1)
+	}
 	return nil
 }
 
@@ -43,7 +46,7 @@ func (p *Pool) loadVolume(id string) (*entry, error) {
 	if err := p.dir.RemoveTemporary(dir); err != nil {
 		return nil, err
 	}
-	e := &entry{id: id, snapshots: make(map[string]*snapshotRecord)}
+	e := newEntry(id)
 	var rec volumeRecord
 	err := durable.ReadRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, &rec)
 	switch {
@@ -120,7 +123,7 @@ func (p *Pool) loadViews(e *entry) error {
 		if !isImage || !snapshotIDPattern.MatchString(snap) {
 			return fmt.Errorf("%w: %s holds %q, which is no view; move it away", ErrNotPool, dir, name)
 		}
-		p.viewFiles[viewRef{e.id, snap}] = true
+		e.views[snap] = true
 	}
 	return nil
 }

@@ -51,7 +51,6 @@ type Pool struct {
 	closed    bool              // guarded by mu
 	volumes   map[string]*entry // by volume ID, tombstones included; guarded by mu
 	snapshots map[string]*entry // by snapshot ID: the entry of its volume; guarded by mu
-	viewFiles map[viewRef]bool  // views that exist as files; guarded by mu
 	failures  map[string]error  // background failures by volume ID; guarded by mu
 }
 
@@ -62,10 +61,35 @@ type entry struct {
 	writeMu sync.Mutex // serialises changes of the record; held over its durable write
 
 	// All below: guarded by Pool.mu. The records are replaced, never changed.
-	rec       *volumeRecord // nil when damaged
-	damage    error         // why rec is nil, or which snapshot record is damaged
-	backing   *viewRef      // what the image's header names; nil for none
-	snapshots map[string]*snapshotRecord
+	rec        *volumeRecord // nil when damaged
+	damage     error         // why rec is nil, or which snapshot record is damaged
+	backing    *viewRef      // what the image's header names; nil for none
+	snapshots  map[string]*snapshotRecord
+	views      map[string]bool // snapshots that have a view
+	dependents map[string]int  // by snapshot: how many overlays name its view
+}
+
+func newEntry(id string) *entry {
+	return &entry{
+		id:         id,
+		snapshots:  make(map[string]*snapshotRecord),
+		views:      make(map[string]bool),
+		dependents: make(map[string]int),
+	}
+}
+
+// countDependent adds n to the dependents of what e's image is an overlay of.
+// The caller holds Pool.mu.
+func (p *Pool) countDependent(e *entry, n int) {
+	if e.backing == nil {
+		return
+	}
+	if source := p.volumes[e.backing.Volume]; source != nil {
+		source.dependents[e.backing.Snapshot] += n
+		if source.dependents[e.backing.Snapshot] == 0 {
+			delete(source.dependents, e.backing.Snapshot)
+		}
+	}
 }
 
 // live reports whether users see the volume. The caller holds Pool.mu.
@@ -88,7 +112,6 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 		kick:      make(chan struct{}, 1),
 		volumes:   make(map[string]*entry),
 		snapshots: make(map[string]*entry),
-		viewFiles: make(map[viewRef]bool),
 		failures:  make(map[string]error),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))

@@ -93,7 +93,7 @@ func (p *Pool) snapshotIDFor(name, vol string) (string, *snapshotRecord) {
 // The caller holds the ID lock of e.
 func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (_ *snapshotRecord, err error) {
 	// A hidden snapshot may follow one of the same ID whose clone was deleted.
-	if err := p.removeView(viewRef{e.id, rec.ID}); err != nil {
+	if err := p.removeView(e, rec.ID); err != nil {
 		return nil, err
 	}
 	rec.State = snapshotCreating

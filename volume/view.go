@@ -225,8 +225,9 @@ func patchHeader(b, entry []byte) {
 // ensureView makes the view v durable unless it exists. The caller holds the ID
 // lock of v's volume, and v's snapshot is durable in the image.
 func (p *Pool) ensureView(ctx context.Context, v viewRef) error {
+	e := p.find(v.Volume)
 	p.mu.Lock()
-	exists := p.viewFiles[v]
+	exists := e.views[v.Snapshot]
 	p.mu.Unlock()
 	if exists {
 		return nil
@@ -239,24 +240,24 @@ func (p *Pool) ensureView(ctx context.Context, v viewRef) error {
 		return err
 	}
 	p.mu.Lock()
-	p.viewFiles[v] = true
+	e.views[v.Snapshot] = true
 	p.mu.Unlock()
 	return nil
 }
 
-// removeView removes the view v; its absence is success. Nothing may depend on it.
-func (p *Pool) removeView(v viewRef) error {
+// removeView removes the view of a snapshot of e; its absence is success. Nothing may depend on it.
+func (p *Pool) removeView(e *entry, snapshot string) error {
 	p.mu.Lock()
-	exists := p.viewFiles[v]
+	exists := e.views[snapshot]
 	p.mu.Unlock()
 	if !exists {
 		return nil
 	}
-	if err := p.dir.Remove(viewName(v)); err != nil {
+	if err := p.dir.Remove(viewName(viewRef{e.id, snapshot})); err != nil {
 		return err
 	}
 	p.mu.Lock()
-	delete(p.viewFiles, v)
+	delete(e.views, snapshot)
 	p.mu.Unlock()
 	return nil
 }

@@ -205,8 +205,11 @@ func (p *Pool) build(ctx context.Context, rec volumeRecord, backing *viewRef) (V
 	if err := p.dir.Publish(dir, volumeDir(rec.ID)); err != nil {
 		return Volume{}, err
 	}
+	e := newEntry(rec.ID)
+	e.rec, e.backing = &rec, backing
 	p.mu.Lock()
-	p.volumes[rec.ID] = &entry{id: rec.ID, rec: &rec, backing: backing, snapshots: make(map[string]*snapshotRecord)}
+	p.volumes[rec.ID] = e
+	p.countDependent(e, 1)
 	p.mu.Unlock()
 	return rec.volume(), nil
 }

@@ -127,6 +127,8 @@ func TestPodHoldsDeadMount(t *testing.T) {
 	p.start()
 	k.use("v", id, "ext4")
 	wantFile(t, k.target("v")+"/f", []byte("hello"))
+	k.unuse("v", id)
+	k.use("v", id, "ext4") // not taken for the device that is held
 	if err := held.Close(); err != nil {
 		t.Fatal(err)
 	}

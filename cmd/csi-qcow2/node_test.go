@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestNodeFlagsRefused: a bad value ends the program with status 2 and a
+// message that names the flag, before anything is touched.
+func TestNodeFlagsRefused(t *testing.T) {
+	for _, args := range [][]string{
+		{"--endpoint", "tcp://1.2.3.4:5"},
+		{"--endpoint", "unix://relative/sock"},
+		{"--endpoint", "unix:///" + strings.Repeat("x", 200)},
+		{"--pool", "nodir"},
+		{"--pool", "a=relative"},
+		{"--pool", "A=/x"},
+		{"--pool", "=/x"},
+		{"--pool", "a=/x", "--pool", "a=/y"},
+		{"--node-id", ""},
+		{"--node-id", strings.Repeat("x", 257)},
+		{"--run-dir", "relative"},
+		{"--device", "ublk"},
+		{"--driver-name", "-x"},
+		{"--driver-name", strings.Repeat("x", 64)},
+		{"--cache-bytes", "1"},
+		{"--cache-bytes", "-1"},
+		{"--cache-bytes", "64M"},
+		{"--max-volumes", "-1"},
+		{"--drain-timeout", "0s"},
+		{"--drain-timeout", "2h"},
+		{"--verbosity", "11"},
+		{"--no-such-flag", "x"},
+		{"argument", "x"},
+	} {
+		var out, errs bytes.Buffer
+		code := run(context.Background(), append([]string{"node"}, args...), nil, &out, &errs)
+		if code != exitUsage || !strings.Contains(errs.String(), strings.TrimPrefix(args[0], "--")) {
+			t.Errorf("%q: exit %d, %q", args, code, errs.String())
+		}
+	}
+}
+
+// TestNodeStartsNothingItCannotServe: an unusable pool or endpoint is an error
+// with status 1, and leaves no socket.
+func TestNodeStartsNothingItCannotServe(t *testing.T) {
+	dir := t.TempDir()
+	notPool := filepath.Join(dir, "notpool")
+	if err := os.MkdirAll(filepath.Join(notPool, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ pool, want string }{
+		{filepath.Join(dir, "absent"), "no such file or directory"},
+		{notPool, "give an empty directory"},
+	} {
+		var out, errs bytes.Buffer
+		socket := filepath.Join(dir, "s")
+		code := run(context.Background(), []string{"node", "--endpoint", "unix://" + socket, "--pool", "default=" + c.pool,
+			"--run-dir", filepath.Join(dir, "run"), "--node-id", "n"}, nil, &out, &errs)
+		if code != exitError || !strings.Contains(errs.String(), c.want) {
+			t.Errorf("pool %q: exit %d, %q", c.pool, code, errs.String())
+		}
+		if _, err := os.Lstat(socket); !os.IsNotExist(err) {
+			t.Errorf("pool %q: a socket is left: %v", c.pool, err)
+		}
+	}
+}
