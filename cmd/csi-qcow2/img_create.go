@@ -166,7 +166,7 @@ func (t *imgTarget) backingSize(c *imgContext, backing, format string) (int64, s
 	if err != nil {
 		return 0, "", err
 	}
-	disk, info, err := imagefile.Open(c, full, imagefile.Options{Format: format, ReadOnly: true, NoBacking: true})
+	disk, info, err := imagefile.Open(c, full, imagefile.Options{Format: format, ReadOnly: true, ForceShare: true, NoBacking: true})
 	if err != nil {
 		return 0, "", imgErrorf("%s\nCould not open backing image.", imgText(err))
 	}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"testing"
+
+	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/qcow2"
+)
+
+// TestImgConvertHuge converts a nearly empty overlay of 1 TiB.
+func TestImgConvertHuge(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f qcow2 base.qcow2 1T
+		qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 500G 64k' base.qcow2
+		qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2
+		qemu-io -c 'write -P 3 1023G 1M' -c 'write -z 0 64k' top.qcow2
+	`)
+	for _, target := range []string{"out.qcow2", "out.raw"} {
+		format := target[4:]
+		if r := runImg(t, "convert", "-O", format, "top.qcow2", target); r.code != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if used, err := hostBytes(target); err != nil || used > 8<<20 {
+			t.Errorf("%s takes %d bytes (%v)", target, used, err)
+		}
+		if r := runImg(t, "compare", "-F", format, "top.qcow2", target); r.code != 0 {
+			t.Errorf("%s: %+v", target, r)
+		}
+		qemutest.Compare(t, "qcow2", "top.qcow2", format, target)
+	}
+	qemutest.Check(t, "out.qcow2")
+}
+
+// TestImgLocked runs each subcommand on images that another process has open.
+func TestImgLocked(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f qcow2 a.qcow2 1M
+		qemu-img create -q -f qcow2 b.qcow2 1M
+	`)
+	f, err := qcow2.OpenFile("a.qcow2", qcow2.FileOptions{Lock: qcow2.LockWrite})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	before, err := os.ReadFile("a.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"info a.qcow2", "info -U a.qcow2", "check a.qcow2", "check -r all a.qcow2", "check -U a.qcow2", "map a.qcow2", "map -U a.qcow2",
+		"snapshot -l a.qcow2", "snapshot -l -U a.qcow2", "snapshot -c x a.qcow2", "resize a.qcow2 2M", "rebase -u -b x -F raw a.qcow2",
+		"convert -O raw a.qcow2 c.raw", "convert -U -O raw a.qcow2 d.raw", "convert -O qcow2 b.qcow2 a.qcow2", "convert -n -O qcow2 b.qcow2 a.qcow2",
+		"compare a.qcow2 b.qcow2", "compare -U b.qcow2 a.qcow2", "create -f qcow2 a.qcow2 1M", "create -f raw a.qcow2 1M", "measure -O qcow2 a.qcow2",
+		"create -f qcow2 -b a.qcow2 -F qcow2 e.qcow2",
+	} {
+		args := split(line)
+		want, got := runQemuImg(t, args...), runImg(t, args...)
+		if w := strings.ReplaceAll(want.stderr, "qemu-img", imgProgram); got.code != want.code || got.stderr != w {
+			t.Errorf("%s: exit code %d, %q; want %d, %q", line, got.code, got.stderr, want.code, w)
+		}
+	}
+	if after, err := os.ReadFile("a.qcow2"); err != nil || string(after) != string(before) {
+		t.Errorf("the locked image has changed (%v)", err)
+	}
+}
+
+// TestImgProgress looks at the display while it moves.
+func TestImgProgress(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f raw a.raw 32M
+		qemu-io -f raw -c 'write -P 1 0 32M' a.raw
+	`)
+	r := runImg(t, "convert", "-p", "-f", "raw", "-O", "qcow2", "a.raw", "b.qcow2")
+	if !regexp.MustCompile(`^    \(0\.00/100%\)\r(    \(\d+\.\d\d/100%\)\r){2,}    \(100\.00/100%\)\r\n$`).MatchString(r.stdout) {
+		t.Errorf("progress is %q", r.stdout)
+	}
+}
+
+// TestImgMatrix converts random images of QEMU to targets of every cluster
+// size and back, plain and compressed, and lets qemu-img judge.
+func TestImgMatrix(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for i, cluster := range []string{"512", "1k", "4k", "64k", "256k", "2M"} {
+		for j, kind := range []string{"", "-c", "-c -o compression_type=zstd", "-W -m 16", "-o compat=0.10"} {
+			name := fmt.Sprintf("%d-%d", i, j)
+			qemuScript(t, fmt.Sprintf(`
+				qemu-img create -q -f qcow2 -o cluster_size=%[1]s base%[2]s.qcow2 6M
+				qemu-io -c 'write -P 1 %[3]d 1M' -c 'write -z 3M 300k' -c 'write -P 2 5000k 700k' base%[2]s.qcow2
+				qemu-img create -q -f qcow2 -b base%[2]s.qcow2 -F qcow2 src%[2]s.qcow2 7M
+				qemu-io -c 'write -P 3 1500k 200k' -c 'write -z 100k 77k' -c 'write -P 4 6800k 5k' src%[2]s.qcow2
+			`, cluster, name, i*1000+j*77))
+			args := append([]string{"convert", "-O", "qcow2", "-o", "cluster_size=" + cluster}, strings.Fields(kind)...)
+			if r := runImg(t, append(args, "src"+name+".qcow2", name+".qcow2")...); r.code != 0 {
+				t.Errorf("%s: %+v", name, r)
+				continue
+			}
+			qemutest.Check(t, name+".qcow2")
+			qemutest.Compare(t, "qcow2", "src"+name+".qcow2", "qcow2", name+".qcow2")
+			// And what QEMU makes of ours is read by us.
+			qemuScript(t, fmt.Sprintf("qemu-img convert -O qcow2 %s %s.qcow2 back%s.qcow2", kind, name, name))
+			if r := runImg(t, "compare", "back"+name+".qcow2", name+".qcow2"); r.code != 0 {
+				t.Errorf("%s: %+v", name, r)
+			}
+			if r := runImg(t, "check", "back"+name+".qcow2"); r.code != 0 {
+				t.Errorf("%s: %+v", name, r)
+			}
+			if out, err := exec.Command("sh", "-c", "rm -f *"+name+".qcow2").CombinedOutput(); err != nil {
+				t.Fatalf("%s", out)
+			}
+		}
+	}
+}
