@@ -10,6 +10,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 )
 
 const (
@@ -82,6 +83,7 @@ func mountFUSE(dir, name string, b Backend, o DeviceOptions) (*fuseMount, error)
 		DisableXAttrs:           true,
 		DisableSplice:           true, // reads go straight into the reply's buffer
 		PanicHandler:            func(v any) fuse.Status { panic(v) },
+		Logger:                  klog.NewStandardLogger("INFO"),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("serve fuse on %q: %w", dir, err), unix.Unmount(dir, unix.MNT_DETACH))
