@@ -16,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -398,6 +399,71 @@ func TestConcurrentImagesShareCache(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestConcurrentRequestKeepsItsCluster holds a request back between its look at
+// the mapping and its I/O, while its cluster is discarded and others are
+// written: the cluster must not become another's before the request has ended (E8, P5).
+func TestConcurrentRequestKeepsItsCluster(t *testing.T) {
+	const cluster, size = 4096, 1 << 20
+	for _, writing := range []bool{false, true} {
+		t.Run(fmt.Sprintf("writing=%t", writing), func(t *testing.T) {
+			noLeaks(t)
+			d := newDisk(t, size, qcow2.CreateOptions{ClusterSize: cluster})
+			im := useDisk(t, d, qcow2.Options{PassDiscard: true})
+			if _, err := im.WriteAt(stamped(1, 0, cluster, 0, 1), 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			e, err := im.BlockStatus(t.Context(), 0, cluster)
+			if err != nil {
+				t.Fatal(err)
+			}
+			held, release := make(chan struct{}), make(chan struct{})
+			var once sync.Once
+			d.SetHook(func(_ storagetest.Op, off int64) {
+				if off == e.HostOff {
+					once.Do(func() {
+						close(held)
+						<-release
+					})
+				}
+			})
+			done := make(chan error, 1)
+			go func() { // ends when released
+				p := make([]byte, cluster)
+				var err error
+				if writing {
+					_, err = im.WriteAt(stamped(1, 0, cluster, 0, 2), 0)
+				} else if _, err = im.ReadAt(p, 0); err == nil {
+					err = wantStamps(p, 1, 0)
+				}
+				done <- err
+			}()
+			<-held
+			if err := im.Discard(0, cluster); err != nil {
+				t.Error(err)
+			}
+			want := make([]byte, size)
+			for off := int64(cluster); off < size/2; off += cluster {
+				data := stamped(1, off, cluster, 1, 1)
+				if _, err := im.WriteAt(data, off); err != nil {
+					t.Error(err)
+				}
+				copy(want[off:], data)
+				if err := im.Flush(); err != nil {
+					t.Error(err)
+				}
+			}
+			close(release)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			wantSame(t, "what others wrote", readAll(t, im)[cluster:], want[cluster:])
+		})
+	}
 }
 
 // TestConcurrentClose closes an image while requests are under way: each ends

@@ -47,6 +47,8 @@ type Disk struct {
 	direct int      // guarded by mu; alignment that requests must have, 0 for none
 
 	capacity int64 // guarded by mu; bytes of pages that fit, 0 for no limit
+
+	hook atomic.Pointer[func(Op, int64)] // see SetHook
 }
 
 // NewDisk returns an empty file.
@@ -133,6 +135,23 @@ func (d *Disk) SetDirect(align int) {
 	d.direct = align
 }
 
+// SetHook makes reads and writes call f with their offset before they do
+// anything; f may wait, and so hold a request back while others go on. nil
+// means none.
+func (d *Disk) SetHook(f func(op Op, off int64)) {
+	if f == nil {
+		d.hook.Store(nil)
+		return
+	}
+	d.hook.Store(&f)
+}
+
+func (d *Disk) callHook(op Op, off int64) {
+	if f := d.hook.Load(); f != nil {
+		(*f)(op, off)
+	}
+}
+
 // SetCapacity makes writes fail with ENOSPC that would need more than n bytes
 // of pages, as on a full file system. 0 means no limit.
 func (d *Disk) SetCapacity(n int64) {
@@ -160,6 +179,7 @@ func (d *Disk) full(off int64, n int) error {
 
 // ReadAt implements io.ReaderAt.
 func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
+	d.callHook(OpRead, off)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.start(OpRead, off, p); err != nil {
@@ -199,6 +219,7 @@ func (d *Disk) WritevAt(bufs [][]byte, off int64) (int, error) {
 }
 
 func (d *Disk) write(op Op, off int64, bufs ...[]byte) (int, error) {
+	d.callHook(op, off)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	total := 0

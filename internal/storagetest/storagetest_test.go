@@ -307,3 +307,26 @@ func TestCapacity(t *testing.T) {
 	}
 	wantContent(t, d, sectors('c', 16))
 }
+
+func TestHookHoldsBack(t *testing.T) {
+	d := NewDisk()
+	held, release := make(chan struct{}), make(chan struct{})
+	d.SetHook(func(op Op, off int64) {
+		if op == OpWrite && off == 512 {
+			close(held)
+			<-release
+		}
+	})
+	done := make(chan struct{})
+	go func() { // ends when released
+		d.WriteAt(sectors('b', 1), 512)
+		close(done)
+	}()
+	<-held
+	d.WriteAt(sectors('a', 1), 0)
+	wantContent(t, d, sectors('a', 1))
+	close(release)
+	<-done
+	d.SetHook(nil)
+	wantContent(t, d, append(sectors('a', 1), sectors('b', 1)...))
+}
