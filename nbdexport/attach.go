@@ -22,8 +22,8 @@ type attachDriver interface {
 	// usable returns why the kernel can make no such device, as ErrNoDeviceKind.
 	usable() error
 	attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error)
-	// stale lists the devices of this run-dir that no process serves, usable or not. live holds the IDs that this
-	// process serves.
+	// stale lists the devices of this run-dir that no process serves, usable or not. live holds the
+	// IDs that this process serves.
 	stale(ctx context.Context, live map[string]bool) ([]StaleDevice, error)
 }
 

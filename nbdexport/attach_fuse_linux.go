@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -153,76 +152,4 @@ func (d *fuseDriver) removeDir(id string) error {
 		return err
 	}
 	return nil
-}
-
-// fuseDevice is a loop device over a FUSE file that this process serves.
-//
-// Its promise is weaker than that of an nbd device: when this process dies, the kernel ends
-// the FUSE connection, and every request after that fails with EIO. Acknowledged writes that the
-// filesystem had flushed are safe in the image, as after a power loss; the device must be
-// cleaned (see [Attacher.Stale]) and attached anew.
-type fuseDevice struct {
-	opts    DeviceOptions
-	backend Backend
-	mount   *fuseMount
-	loop    loopDevice
-
-	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
-	detached bool       // guarded by mu
-}
-
-func (d *fuseDevice) Path() string { return d.loop.path() }
-func (d *fuseDevice) Kind() string { return KindFUSE }
-func (d *fuseDevice) Size() int64  { return d.mount.size.Load() }
-
-func (d *fuseDevice) Health() error {
-	switch ok, err := d.loop.bound(); {
-	case err != nil:
-		return err
-	case !ok:
-		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceGone)
-	case d.mount.dead():
-		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceDead)
-	}
-	return nil
-}
-
-func (d *fuseDevice) Resize(ctx context.Context, size int64) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := checkResize(d, d.opts, d.backend, size); err != nil {
-		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
-	}
-	if err := d.mount.grow(size); err != nil {
-		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
-	}
-	if err := d.loop.resize(ctx, size); err != nil {
-		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
-	}
-	return nil
-}
-
-func (d *fuseDevice) Detach(ctx context.Context) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.detached {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, detachWait)
-	defer cancel()
-	lost := d.loop.clear(ctx, !d.mount.dead())
-	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
-		return lost
-	}
-	if err := d.mount.unmount(); err != nil {
-		return errors.Join(lost, err)
-	}
-	if err := os.Remove(d.mount.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(lost, err)
-	}
-	d.detached = true
-	if err := d.backend.Flush(); err != nil {
-		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
-	}
-	return lost
 }

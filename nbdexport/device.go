@@ -38,10 +38,10 @@ const (
 
 // DeviceOptions says how a backend appears as a block device.
 type DeviceOptions struct {
-	// ID names the device for as long as it lives, unique among the devices of the node:
-	// the volume ID and the attach generation. With a tag of the run-dir behind it, it is the
-	// nbd driver's backend identifier or the name of the FUSE file, and so how a later process
-	// finds the device again (see [Attacher.Stale]). 1 to 128 characters of [A-Za-z0-9._-], not starting with a dot.
+	// ID names the device for as long as it lives, unique among the devices of the node: the volume
+	// ID and the attach generation. With a tag of the run-dir behind it, it is the nbd driver's
+	// backend identifier or the name of the FUSE file, and so how a later process finds the device
+	// again (see [Attacher.Stale]). 1 to 128 characters of [A-Za-z0-9._-], not starting with a dot.
 	ID string
 
 	// ReadOnly makes the kernel refuse writes.
@@ -83,8 +83,9 @@ type Device interface {
 	// caller's. Detaching a detached device is nil.
 	Detach(ctx context.Context) error
 
-	// Health is nil while requests can be served: the kernel device exists, is ours, and its server is connected.
-	// It looks at sysfs and asks the driver, never at the device's data, so it never hangs.
+	// Health is nil while requests can be served: the kernel device exists, is ours, and its server
+	// is connected. It looks at sysfs and asks the driver, never at the device's data, so it never
+	// hangs.
 	Health() error
 }
 
@@ -105,9 +106,9 @@ type StaleDevice struct {
 	clean func(ctx context.Context) error
 }
 
-// Clean removes the device and what belongs to it when nothing holds it open. With an
-// opener (usually a mounted filesystem) left until ctx ends, at most [detachWait], it returns ErrDeviceBusy and
-// leaves all as it was: unmount, then call it again.
+// Clean removes the device and what belongs to it when nothing holds it open. With an opener
+// (usually a mounted filesystem) left until ctx ends, at most [detachWait], it returns
+// ErrDeviceBusy and leaves all as it was: unmount, then call it again.
 func (d StaleDevice) Clean(ctx context.Context) error { return d.clean(ctx) }
 
 // deviceIDPattern is what DeviceOptions.ID may be: it becomes a directory name and a netlink

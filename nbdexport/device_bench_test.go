@@ -14,7 +14,8 @@ import (
 	"csi-qcow2/nbdexport/nbdtest"
 )
 
-// BenchmarkFUSEDevice compares direct I/O on a FUSE device with direct I/O on a loop device over the same raw file.
+// BenchmarkFUSEDevice compares direct I/O on a FUSE device with direct I/O on a loop device over
+// the same raw file.
 func BenchmarkFUSEDevice(b *testing.B) {
 	const size = 256 << 20
 	for _, bs := range []int{4 << 10, 128 << 10, 1 << 20} {

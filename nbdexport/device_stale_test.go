@@ -256,7 +256,8 @@ func alignedTo(b []byte, align int) []byte {
 	return b[skip : skip+align]
 }
 
-// TestHealthAfterAbort checks that a device whose FUSE connection was aborted under it says so, and can be detached.
+// TestHealthAfterAbort checks that a device whose FUSE connection was aborted under it says so, and
+// can be detached.
 func TestHealthAfterAbort(t *testing.T) {
 	a, runDir := newAttacher(t)
 	dev := attach(t, a, newBackend(t, 1<<20), nbdexport.DeviceOptions{ID: "v"})

@@ -33,7 +33,8 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-// newAttacher returns an attacher of FUSE devices and its run-dir. After the test nothing may be left of it.
+// newAttacher returns an attacher of FUSE devices and its run-dir. After the test nothing may be
+// left of it.
 func newAttacher(t *testing.T) (*nbdexport.Attacher, string) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
@@ -336,8 +337,8 @@ func TestDetachWritesBack(t *testing.T) {
 	}
 }
 
-// TestDetachReportsLostWrites checks that a device whose backend fails is removed all the same, and that its
-// user is told.
+// TestDetachReportsLostWrites checks that a device whose backend fails is removed all the same, and
+// that its user is told.
 func TestDetachReportsLostWrites(t *testing.T) {
 	a, _ := newAttacher(t)
 	b := newBackend(t, 8<<20)

@@ -19,42 +19,48 @@
 //	What the kernel has      is written by the next process   is lost, as at a power loss
 //	not sent yet
 //
-// The fuse kind is for development machines and for kernels without nbd. Its promise is weaker: when the process
-// dies, filesystems on its devices see I/O errors as if the disk were pulled. The images stay sound, and what an
-// application has synced is in them. Stale lists what is left, to be unmounted, cleaned and attached anew.
+// The fuse kind is for development machines and for kernels without nbd. Its promise is weaker:
+// when the process dies, filesystems on its devices see I/O errors as if the disk were pulled. The
+// images stay sound, and what an application has synced is in them. Stale lists what is left, to be
+// unmounted, cleaned and attached anew.
 //
-// Life of a device: serve, then connect or mount; wait until the kernel shows the size; hand out. Detach: claim the
-// device exclusively, as a mount does, so that none can begin; look for other openers; write back; disconnect or
-// clear; unmount; flush the backend. Every step looks first whether the device is still ours: its name in sysfs
-// (/sys/block/nbdN/backend, /sys/block/loopN/loop/backing_file) ends in ID@tag, where tag is of the run-dir.
-// Indexes are used again by whoever asks next.
+// Life of a device: serve, then connect or mount; wait until the kernel shows the size; hand out.
+// Detach: claim the device exclusively, as a mount does, so that none can begin; look for other
+// openers; write back; disconnect or clear; unmount; flush the backend. Every step looks first
+// whether the device is still ours: its name in sysfs (/sys/block/nbdN/backend,
+// /sys/block/loopN/loop/backing_file) ends in ID@tag, where tag is of the run-dir. Indexes are used
+// again by whoever asks next.
 //
-// No descriptor of a device (netlink, socketpair, /dev/fuse, control devices) is inherited by a child: one would
-// hide this process's death from the kernel.
+// No descriptor of a device (netlink, socketpair, /dev/fuse, control devices) is inherited by a
+// child: one would hide this process's death from the kernel.
 //
 // # Known deadlocks
 //
 // The process is its own client's kernel. These are the ways to hang:
 //
-// Reclaim. The kernel needs memory, writes back pages of a filesystem on one of our devices, and waits for us,
-// while we wait for the kernel to give us memory. Threads that serve must be marked with PR_SET_IO_FLUSHER (per
-// thread, inherited by new ones: set, then re-exec), hot memory is locked, the heap is bounded by GOMEMLIMIT.
-// Evidence: Linux 8d19f1c8e193, an nbd and XFS deadlock that the flag was made for.
+// Reclaim. The kernel needs memory, writes back pages of a filesystem on one of our devices, and
+// waits for us, while we wait for the kernel to give us memory. Threads that serve must be marked
+// with PR_SET_IO_FLUSHER (per thread, inherited by new ones: set, then re-exec), hot memory is
+// locked, the heap is bounded by GOMEMLIMIT. Evidence: Linux 8d19f1c8e193, an nbd and XFS deadlock
+// that the flag was made for.
 //
-// Touching what we serve. Opening, reading or writing a path on a filesystem that lies on one of our devices,
-// from a goroutine that a request waits for. Statfs is enough: XFS may force the log. The runtime's poller counts
-// too, so files in a FUSE mount of ours are opened with raw system calls (see fuseMount.grow).
+// Touching what we serve. Opening, reading or writing a path on a filesystem that lies on one of
+// our devices, from a goroutine that a request waits for. Statfs is enough: XFS may force the log.
+// The runtime's poller counts too, so files in a FUSE mount of ours are opened with raw system
+// calls (see fuseMount.grow).
 //
-// Detach with an opener. The nbd driver fails the requests of whoever still has the device open, and a mounted
-// filesystem turns into errors. So detach is refused with ErrDeviceBusy while there is an opener.
+// Detach with an opener. The nbd driver fails the requests of whoever still has the device open,
+// and a mounted filesystem turns into errors. So detach is refused with ErrDeviceBusy while there
+// is an opener.
 //
-// Nobody serves. Between the death of one process and the reconnect by the next, requests for an nbd device wait
-// in the driver, and they hold the queue: resize, freeze, del_gendisk and an open that reads (the first one, for
-// the partition table) wait behind them, for as long as nbdDeadConnTimeout. Resize asks Health first; an attach opens the
-// device once, so that later opens read nothing; Clean writes nothing back.
+// Nobody serves. Between the death of one process and the reconnect by the next, requests for an
+// nbd device wait in the driver, and they hold the queue: resize, freeze, del_gendisk and an open
+// that reads (the first one, for the partition table) wait behind them, for as long as
+// nbdDeadConnTimeout. Resize asks Health first; an attach opens the device once, so that later
+// opens read nothing; Clean writes nothing back.
 //
-// Probes. udev and blkid open a device after each change of it, and after a descriptor that could write is
-// closed. We open for reading only, and detach waits for probes that are under way.
+// Probes. udev and blkid open a device after each change of it, and after a descriptor that could
+// write is closed. We open for reading only, and detach waits for probes that are under way.
 //
 // # Kernel notes
 //

@@ -125,8 +125,8 @@ func (m *fuseMount) grow(size int64) error {
 	return nil
 }
 
-// unmount removes the mount and returns when the last request has been answered. Nothing may depend on the
-// file any more: see unmountDir.
+// unmount removes the mount and returns when the last request has been answered. Nothing may depend
+// on the file any more: see unmountDir.
 func (m *fuseMount) unmount() error {
 	if err := unmountDir(m.dir); err != nil {
 		return err
@@ -135,9 +135,10 @@ func (m *fuseMount) unmount() error {
 	return nil
 }
 
-// unmountDir unmounts the FUSE mount on dir. When somebody looks at it (stands in the directory, has the file
-// open) the kernel refuses; then the mount leaves the tree all the same, and its connection ends at
-// once: what they do next fails. Nothing being mounted there, or no such directory, is success.
+// unmountDir unmounts the FUSE mount on dir. When somebody looks at it (stands in the directory,
+// has the file open) the kernel refuses; then the mount leaves the tree all the same, and its
+// connection ends at once: what they do next fails. Nothing being mounted there, or no such
+// directory, is success.
 func unmountDir(dir string) error {
 	err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 	if errors.Is(err, unix.EBUSY) {
@@ -299,7 +300,8 @@ func (m *fuseMount) writable(off, n uint64) fuse.Status {
 	return fuse.OK
 }
 
-// fuseStatus is the errno of a backend's error, EIO when it has none that the kernel's block layer tells apart.
+// fuseStatus is the errno of a backend's error, EIO when it has none that the kernel's block layer
+// tells apart.
 func fuseStatus(err error) fuse.Status {
 	var errno syscall.Errno
 	switch {

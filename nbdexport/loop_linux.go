@@ -19,8 +19,9 @@ const loopControl = "/dev/loop-control"
 // and our setting it up.
 const loopAttempts = 64
 
-// A loopDevice is a loop device set up over a file. The kernel shows the path of that file in sysfs, whether or
-// not anyone serves the file system it is on; its last element is how we know our devices (see deviceNames).
+// A loopDevice is a loop device set up over a file. The kernel shows the path of that file in
+// sysfs, whether or not anyone serves the file system it is on; its last element is how we know our
+// devices (see deviceNames).
 type loopDevice struct {
 	name string // loopN
 	file string // last element of the backing file's path
@@ -82,7 +83,8 @@ func (l loopDevice) with(ctx context.Context, flag int, f func(fd int) error) er
 	return ignoringEINTR(func() error { return f(int(dev.Fd())) })
 }
 
-// backing returns the path of the backing file, as the kernel prints it; "" when the device is not set up.
+// backing returns the path of the backing file, as the kernel prints it; "" when the device is not
+// set up.
 func (l loopDevice) backing() (string, error) {
 	path, err := sysfsValue(l.name, "loop/backing_file")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -133,10 +135,10 @@ func (l loopDevice) resize(ctx context.Context, size int64) error {
 	})
 }
 
-// clear takes the device from its backing file, after writing back what the kernel holds for
-// it when writeBack is set. It waits for openers until ctx ends, then returns ErrDeviceBusy with the device as
-// it was. A device that is not bound to our file any more is success. A failed write back is returned as
-// ErrNotFlushed, with the device cleared.
+// clear takes the device from its backing file, after writing back what the kernel holds for it
+// when writeBack is set. It waits for openers until ctx ends, then returns ErrDeviceBusy with the
+// device as it was. A device that is not bound to our file any more is success. A failed write back
+// is returned as ErrNotFlushed, with the device cleared.
 func (l loopDevice) clear(ctx context.Context, writeBack bool) error {
 	var lost error
 	err := poll(ctx, func() (bool, error) {
@@ -158,8 +160,8 @@ func (l loopDevice) clear(ctx context.Context, writeBack bool) error {
 				lost = fmt.Errorf("write back %s: %w: %w", l.path(), ErrNotFlushed, err)
 			}
 		}
-		// With us as the only opener the device is cleared when we close it; with others, when the last of
-		// them does.
+		// With us as the only opener the device is cleared when we close it; with others, when the
+		// last of them does.
 		if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
 			return false, fmt.Errorf("clear %s: %w", l.path(), err)
 		}

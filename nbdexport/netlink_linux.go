@@ -72,8 +72,8 @@ type nbdConfig struct {
 	socket          int // descriptor of the client end
 }
 
-// An nbdReconfig is what RECONFIGURE changes. The kernel compares backend with what CONNECT gave before it
-// does anything.
+// An nbdReconfig is what RECONFIGURE changes. The kernel compares backend with what CONNECT gave
+// before it does anything.
 type nbdReconfig struct {
 	index   uint32
 	backend string
@@ -147,7 +147,8 @@ func (n *nbdNetlink) connect(c nbdConfig) (uint32, error) {
 	return 0, errors.New("nbd CONNECT: the answer has no index")
 }
 
-// disconnect tells the server that no more requests come and takes the device apart. What is still in flight fails.
+// disconnect tells the server that no more requests come and takes the device apart. What is still
+// in flight fails.
 func (n *nbdNetlink) disconnect(index uint32) error {
 	ae := netlink.NewAttributeEncoder()
 	ae.Uint32(nbdAttrIndex, index)

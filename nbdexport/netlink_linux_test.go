@@ -35,8 +35,8 @@ func attributes(t *testing.T, f func(*netlink.AttributeEncoder)) []byte {
 	return b
 }
 
-// TestNBDRequests compares each request with the bytes that the kernel's nla_policy takes. Numbers are in host
-// order: the golden bytes are of a little-endian machine.
+// TestNBDRequests compares each request with the bytes that the kernel's nla_policy takes. Numbers
+// are in host order: the golden bytes are of a little-endian machine.
 func TestNBDRequests(t *testing.T) {
 	for _, tt := range []struct {
 		name    string

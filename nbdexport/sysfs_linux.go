@@ -17,8 +17,8 @@ import (
 // sysBlock is where the kernel shows block devices. Reading it never touches a device's data.
 const sysBlock = "/sys/block"
 
-// sysfsValue reads an attribute of a block device, /sys/block/<dev>/<attr>. An attribute that is not there
-// (the device is not set up) is fs.ErrNotExist.
+// sysfsValue reads an attribute of a block device, /sys/block/<dev>/<attr>. An attribute that is
+// not there (the device is not set up) is fs.ErrNotExist.
 func sysfsValue(dev, attr string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(sysBlock, dev, attr))
 	if err != nil {

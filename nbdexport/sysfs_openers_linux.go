@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openedElsewhere reports whether a process other than this one has the device node path open. It sees the processes of its PID
-// namespace: run in the host's.
+// openedElsewhere reports whether a process other than this one has the device node path open. It
+// sees the processes of its PID namespace: run in the host's.
 //
 // The nbd driver has no such question to ask, unlike the loop driver, and fails the requests of
 // whoever still reads and writes. Mounts and other exclusive holders are found by

@@ -21,8 +21,8 @@ import (
 	"csi-qcow2/nbdexport/nbdtest"
 )
 
-// rounds is how often a device lives its life, heavyRounds in how many of them, the first, it works hard: one
-// for each filesystem on each format.
+// rounds is how often a device lives its life, heavyRounds in how many of them, the first, it works
+// hard: one for each filesystem on each format.
 const rounds, heavyRounds = 20, 4
 
 // run runs a program and returns what it prints.
@@ -193,8 +193,8 @@ func keepWriting(t *testing.T, path string) (stop func()) {
 	}
 }
 
-// TestChildrenInheritNothing checks that a child of the serving process holds no descriptor of a device: a copy of
-// the socket would hide the process's death from the kernel.
+// TestChildrenInheritNothing checks that a child of the serving process holds no descriptor of a
+// device: a copy of the socket would hide the process's death from the kernel.
 func TestChildrenInheritNothing(t *testing.T) {
 	attach(t, newAttacher(t), newDisk(t, "raw", 16<<20), nbdexport.DeviceOptions{ID: "v.g1"})
 	if out := run(t, "ls", "-l", "/proc/self/fd"); strings.Contains(out, "socket:") || strings.Contains(out, "nbd") {

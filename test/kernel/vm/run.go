@@ -31,7 +31,8 @@ type Job struct {
 	CPUs      int // default 2
 	MemoryMiB int // default 2048
 
-	// Log, when not nil, gets every line as it comes, of the kernel and of the program, from two goroutines.
+	// Log, when not nil, gets every line as it comes, of the kernel and of the program, from two
+	// goroutines.
 	Log func(line string)
 }
 
@@ -42,8 +43,9 @@ type Result struct {
 	Passed bool     // the program has exited with 0
 }
 
-// Run boots the machine, runs the job's program in it and waits for the machine to stop. It returns an error
-// when the machine could not run or ctx ended; then the Result holds what was printed until then.
+// Run boots the machine, runs the job's program in it and waits for the machine to stop. It returns
+// an error when the machine could not run or ctx ended; then the Result holds what was printed
+// until then.
 func (m *Machine) Run(ctx context.Context, job Job) (Result, error) {
 	dir, err := os.MkdirTemp("", "vm-")
 	if err != nil {
@@ -108,7 +110,8 @@ func (m *Machine) Run(ctx context.Context, job Job) (Result, error) {
 	return r, nil
 }
 
-// lineLog keeps the lines that are written to it, and hands each to a function. What follows the last newline is dropped.
+// lineLog keeps the lines that are written to it, and hands each to a function. What follows the
+// last newline is dropped.
 type lineLog struct {
 	lines []string
 	each  func(line string) // may be nil
@@ -167,10 +170,12 @@ func (m *Machine) writeInitrd(path string, job Job) (err error) {
 // quote makes one shell word of s.
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// trouble is what a kernel prints when something is wrong in it, or when a block device has failed a request.
+// trouble is what a kernel prints when something is wrong in it, or when a block device has failed
+// a request.
 var trouble = regexp.MustCompile(`I/O error|Buffer I/O|BUG|WARNING|Oops|Kernel panic|Call Trace|blocked for more than|hung_task:|soft lockup|rcu.*stall|EXT4-fs error|EXT4-fs warning|XFS.*(Corruption|corrupt|error|shutdown|Shutting)|Remounting filesystem read-only`)
 
-// Trouble returns the lines of the kernel that no run may have, but for those that allowed matches; nil allows none.
+// Trouble returns the lines of the kernel that no run may have, but for those that allowed matches;
+// nil allows none.
 func (r Result) Trouble(allowed *regexp.Regexp) []string {
 	var found []string
 	for _, line := range r.Kernel {

@@ -1,0 +1,243 @@
+package nbdexport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// nbdDevice is a device of the kernel's nbd driver whose socket this process serves.
+type nbdDevice struct {
+	opts    DeviceOptions
+	backend Backend
+	export  Export
+	index   uint32
+	id      string // backend identifier
+	size    atomic.Int64
+
+	cancel context.CancelFunc // ends the serving
+	done   chan struct{}      // closed when the connection has ended and no request is being served
+
+	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
+	detached bool       // guarded by mu
+}
+
+func (d *nbdDevice) name() string { return "nbd" + strconv.FormatUint(uint64(d.index), 10) }
+func (d *nbdDevice) Path() string { return "/dev/" + d.name() }
+func (d *nbdDevice) Kind() string { return KindNBD }
+func (d *nbdDevice) Size() int64  { return d.size.Load() }
+
+// serve serves conn until the kernel disconnects, or until stop.
+func (d *nbdDevice) serve(ctx context.Context, conn net.Conn) {
+	ctx, d.cancel = context.WithCancel(ctx)
+	d.done = make(chan struct{})
+	go func() { // ends when the kernel's end of the socket is closed, or with stop
+		defer close(d.done)
+		if err := ServeTransmission(ctx, conn, &d.export); err != nil && ctx.Err() == nil {
+			klog.FromContext(ctx).Error(err, "nbd connection ended", "backend", d.id)
+		}
+	}()
+}
+
+// stop ends the serving and waits until no request is being served. The kernel has let go of
+// the device, or never had it.
+func (d *nbdDevice) stop() {
+	d.cancel()
+	<-d.done
+}
+
+// ready waits until the device can be opened, and checks that it is what we asked for.
+func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
+	ctx, cancel := context.WithTimeout(ctx, nbdReadyWait)
+	defer cancel()
+	if err := setSysfsValue(d.name(), "queue/io_timeout", strconv.FormatInt(nbdIOTimeout.Milliseconds(), 10)); err != nil {
+		return err
+	}
+	if err := d.ours(); err != nil {
+		return err
+	}
+	if ok, err := n.connected(d.index); err != nil || !ok {
+		return errors.Join(fmt.Errorf("%s: the driver says that it is not connected", d.Path()), err)
+	}
+	// The first open scans the partition table, through us: later ones are free of I/O, so that
+	// a later process can look at the device while nobody serves it.
+	err := poll(ctx, func() (bool, error) {
+		f, err := os.OpenFile(d.Path(), os.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) {
+				return false, nil
+			}
+			return false, err
+		}
+		return true, f.Close()
+	})
+	if err != nil {
+		return fmt.Errorf("open %s: %w", d.Path(), err)
+	}
+	size, err := sysfsSize(d.name())
+	if err != nil {
+		return err
+	}
+	if size != d.Size() {
+		return fmt.Errorf("%s has %d bytes, want %d", d.Path(), size, d.Size())
+	}
+	return nil
+}
+
+// ours returns nil when the index still belongs to this device: an index is used again.
+func (d *nbdDevice) ours() error {
+	backend, err := sysfsValue(d.name(), "backend")
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s: no backend identifier (disconnected, or a kernel before 5.14): %w", d.Path(), ErrDeviceGone)
+	} else if err != nil {
+		return err
+	}
+	if backend != d.id {
+		return fmt.Errorf("%s: its backend is %q, not %q: %w", d.Path(), backend, d.id, ErrDeviceGone)
+	}
+	return nil
+}
+
+func (d *nbdDevice) Health() error {
+	if err := d.ours(); err != nil {
+		return err
+	}
+	select {
+	case <-d.done:
+		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceDead)
+	default:
+		return nil
+	}
+}
+
+func (d *nbdDevice) Resize(ctx context.Context, size int64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	err := checkResize(d, d.opts, d.backend, size)
+	if err == nil {
+		err = d.resize(size)
+	}
+	if err != nil {
+		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
+	}
+	return nil
+}
+
+func (d *nbdDevice) resize(size int64) error {
+	n, err := dialNBD()
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	if err := n.reconfigure(nbdReconfig{index: d.index, backend: d.id, size: size, socket: -1}); err != nil {
+		return err
+	}
+	if got, err := sysfsSize(d.name()); err != nil || got != size {
+		return errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", d.Path(), got, size), err)
+	}
+	d.size.Store(size)
+	return nil
+}
+
+func (d *nbdDevice) Detach(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.detached {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, detachWait)
+	defer cancel()
+	dead := errors.Is(d.Health(), ErrDeviceDead)
+	lost := d.disconnect(ctx, !dead)
+	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
+		return lost
+	}
+	d.stop()
+	d.detached = true
+	if err := d.backend.Flush(); err != nil {
+		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
+	}
+	return lost
+}
+
+// disconnect takes the device apart when nobody has it open, after writing back what the kernel
+// holds for it when writeBack is set. It waits for openers until ctx ends, then returns
+// ErrDeviceBusy with the device as it was. A device that is not ours any more is success. A failed
+// write back is returned as ErrNotFlushed, with the device disconnected.
+func (d *nbdDevice) disconnect(ctx context.Context, writeBack bool) error {
+	if err := d.ours(); err != nil {
+		return ignoring(err, ErrDeviceGone)
+	}
+	dev, err := d.claim(ctx)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	// From here on nobody can mount the device.
+	if err := d.ours(); err != nil {
+		return ignoring(err, ErrDeviceGone)
+	}
+	var lost error
+	if writeBack {
+		if err := dev.Sync(); err != nil {
+			lost = fmt.Errorf("write back %s: %w: %w", d.Path(), ErrNotFlushed, err)
+		}
+	}
+	n, err := dialNBD()
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	if err := n.disconnect(d.index); err != nil {
+		return err
+	}
+	// The last reference to the connection is that of the open descriptor.
+	dev.Close()
+	err = poll(ctx, func() (bool, error) {
+		_, err := sysfsValue(d.name(), "pid")
+		return errors.Is(err, fs.ErrNotExist), ignoring(err, fs.ErrNotExist)
+	})
+	if err != nil {
+		return errors.Join(lost, fmt.Errorf("wait for the end of %s: %w", d.Path(), err))
+	}
+	return lost
+}
+
+// claim opens the device as its only opener.
+func (d *nbdDevice) claim(ctx context.Context) (*os.File, error) {
+	var dev *os.File
+	err := poll(ctx, func() (bool, error) {
+		f, err := openExclusive(d.Path())
+		if errors.Is(err, unix.EBUSY) {
+			return false, nil
+		} else if err != nil {
+			return false, err
+		}
+		if busy, err := openedElsewhere(d.Path()); busy || err != nil {
+			return false, errors.Join(err, f.Close())
+		}
+		dev = f
+		return true, nil
+	})
+	if err != nil && ctx.Err() != nil {
+		return nil, fmt.Errorf("%s: %w", d.Path(), ErrDeviceBusy)
+	}
+	return dev, err
+}
+
+// ignoring is err without target.
+func ignoring(err, target error) error {
+	if errors.Is(err, target) {
+		return nil
+	}
+	return err
+}
