@@ -3,6 +3,7 @@ package sanity
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -163,15 +164,24 @@ func (p *process) mounts() []string {
 	return points
 }
 
-// loops lists the loop devices over files below the process's directory.
+// loops lists the loop devices over images of the process's pool. The name of a
+// backing file loses its directory with its mount; the volume ID in it stays.
 func (p *process) loops() []string {
+	var marker struct{ Data struct{ UUID string } }
+	b, err := os.ReadFile(filepath.Join(p.pool(), "pool.json"))
+	if err == nil {
+		err = json.Unmarshal(b, &marker)
+	}
+	if err != nil || len(marker.Data.UUID) < 8 {
+		return nil // it never got as far as a pool
+	}
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		p.t.Error(err)
 	}
 	var devices []string
 	for _, file := range files {
-		if b, err := os.ReadFile(file); err == nil && strings.HasPrefix(string(b), p.dir) {
+		if b, err := os.ReadFile(file); err == nil && strings.Contains(string(b), "vol-"+marker.Data.UUID[:8]+"-") {
 			devices = append(devices, "/dev/"+strings.Split(file, "/")[3])
 		}
 	}
@@ -199,16 +209,14 @@ func (p *process) cleanUp() {
 			<-p.ended
 		}
 	}
-	for range 2 { // a loop device can go only when its mount has, and holds the FUSE mount
-		mounts := p.mounts()
-		for i := len(mounts) - 1; i >= 0; i-- {
-			p.t.Errorf("had to unmount %q", mounts[i])
-			unix.Unmount(mounts[i], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		}
-		for _, loop := range p.loops() {
-			p.t.Errorf("had to detach %q", loop)
-			exec.Command("losetup", "-d", loop).Run()
-		}
+	mounts := p.mounts()
+	for i := len(mounts) - 1; i >= 0; i-- {
+		p.t.Errorf("had to unmount %q", mounts[i])
+		unix.Unmount(mounts[i], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	}
+	for _, loop := range p.loops() {
+		p.t.Errorf("had to detach %q", loop)
+		exec.Command("losetup", "-d", loop).Run()
 	}
 	if p.t.Failed() {
 		p.t.Logf("log of the process:\n%s", tail(p.log.String(), 200))
