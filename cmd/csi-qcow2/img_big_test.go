@@ -118,3 +118,39 @@ func TestImgMatrix(t *testing.T) {
 		}
 	}
 }
+
+// TestImgConvertToDevice converts onto a block device full of other data, as
+// a disk is restored.
+func TestImgConvertToDevice(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f qcow2 src.qcow2 8M
+		qemu-io -c 'write -P 1 1M 1M' -c 'write -P 2 7M 512' src.qcow2
+		qemu-img create -q -f raw disk.img 8M
+		qemu-io -f raw -c 'write -P 255 0 8M' disk.img
+	`)
+	out, err := exec.Command("losetup", "--find", "--show", "disk.img").Output()
+	if err != nil {
+		t.Fatalf("losetup: %v (the test needs root and loop devices)", err)
+	}
+	device := strings.TrimSpace(string(out))
+	defer func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			t.Errorf("losetup: %v: %s", err, out)
+		}
+	}()
+	if r := runImg(t, "convert", "-O", "raw", "-t", "none", "src.qcow2", device); r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	if r := runImg(t, "compare", "-F", "raw", "src.qcow2", device); r.code != 0 {
+		t.Errorf("%+v", r)
+	}
+	qemutest.Compare(t, "qcow2", "src.qcow2", "raw", device)
+	qemuScript(t, "qemu-img create -q -f qcow2 large.qcow2 9M")
+	for _, line := range []string{"convert -O raw large.qcow2 " + device, "convert -O qcow2 src.qcow2 " + device, "create -f qcow2 " + device + " 1M"} {
+		if r := runImg(t, split(line)...); r.code != 1 {
+			t.Errorf("%s: %+v", line, r)
+		}
+	}
+	qemutest.Compare(t, "qcow2", "src.qcow2", "raw", device)
+}

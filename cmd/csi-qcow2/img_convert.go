@@ -179,7 +179,7 @@ func (v *imgConversion) run(c *imgContext) (err error) {
 		Workers:       v.workers,
 		AnyOrder:      v.anyOrder,
 		Compressed:    v.compressed,
-		TargetIsZero:  !v.noCreate || v.targetIsZero,
+		TargetIsZero:  v.targetIsZero,
 		WriteZeroData: v.sparse == 0,
 		Granule:       v.sparse,
 	}
@@ -193,6 +193,7 @@ func (v *imgConversion) run(c *imgContext) (err error) {
 		if err := v.create(c, t, src.Size()); err != nil {
 			return err
 		}
+		o.TargetIsZero = !t.device
 		mode := t.params.get("preallocation")
 		o.KeepSpace = mode == string(qcow2.PreallocationFalloc) || mode == string(qcow2.PreallocationFull)
 	}

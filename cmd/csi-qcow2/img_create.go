@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -94,6 +95,7 @@ type imgTarget struct {
 	name   string
 	params *imgParamValues
 	size   int64
+	device bool // create found a block device: it has content, and no file to empty
 }
 
 // newImgTarget takes the parameters of a new image from the command line.
@@ -260,9 +262,21 @@ func (t *imgTarget) create(c *imgContext) (err error) {
 			err = cerr
 		}
 	}()
-	if t.params.format == "qcow2" {
-		err = qcow2.Create(c, f, t.size, o)
-	} else {
+	switch size, device, serr := deviceSize(f); {
+	case serr != nil:
+		err = serr
+	case device && t.params.format == "qcow2":
+		return imgErrorf("'%s' is a block device, and a qcow2 image can only be created in a file", t.name)
+	case device:
+		if size < t.size {
+			return imgErrorf("Device size too small: '%s' has %d bytes, the image %d", t.name, size, t.size)
+		}
+		t.device = true // it stays as it is
+	case t.params.format == "qcow2":
+		if err = f.Truncate(0); err == nil {
+			err = qcow2.Create(c, f, t.size, o)
+		}
+	default:
 		err = createRaw(c, f, t.size, o.Preallocation)
 	}
 	if err != nil {
@@ -271,8 +285,18 @@ func (t *imgTarget) create(c *imgContext) (err error) {
 	return nil
 }
 
-// imgCreateFile makes the file name, or empties the one that is there. Its
-// lock comes before its content goes.
+// deviceSize reports whether f is a block device, and how large it is.
+func deviceSize(f *qcow2.OSFile) (size int64, device bool, err error) {
+	st, err := f.Stat()
+	if err != nil || st.Mode()&os.ModeDevice == 0 {
+		return 0, false, err
+	}
+	size, err = f.Size()
+	return size, true, err
+}
+
+// imgCreateFile opens the file name for a new image, and makes it if it is not
+// there. Its lock comes before its content goes.
 func imgCreateFile(name string) (*qcow2.OSFile, error) {
 	f, err := os.OpenFile(strings.TrimPrefix(name, "file:"), unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC, 0o644)
 	if err != nil {
@@ -281,10 +305,6 @@ func imgCreateFile(name string) (*qcow2.OSFile, error) {
 	file, err := qcow2.NewOSFile(f, qcow2.FileOptions{Lock: qcow2.LockWrite})
 	if err != nil {
 		f.Close()
-		return nil, err
-	}
-	if err := file.Truncate(0); err != nil {
-		file.Close()
 		return nil, err
 	}
 	return file, nil
@@ -296,7 +316,7 @@ func createRaw(c *imgContext, f *qcow2.OSFile, size int64, mode qcow2.Preallocat
 		return fmt.Errorf("size %d: %w", size, unix.EFBIG)
 	}
 	size = (size + 511) &^ 511
-	if err := f.Truncate(size); err != nil {
+	if err := errors.Join(f.Truncate(0), f.Truncate(size)); err != nil {
 		return err
 	}
 	if err := preallocateRaw(c, f, 0, size, mode); err != nil {
