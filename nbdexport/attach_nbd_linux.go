@@ -22,9 +22,6 @@ const (
 	// TIMEOUT 0 a look never fails or resends it, unless the socket was replaced since:
 	// so this is the pause after a reconnect for what was in flight.
 	nbdIOTimeout = time.Second
-
-	// nbdReadyWait bounds the wait for the device node after CONNECT.
-	nbdReadyWait = 10 * time.Second
 )
 
 // nbdDriver makes devices of the kernel's nbd driver.

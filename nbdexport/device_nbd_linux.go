@@ -57,8 +57,6 @@ func (d *nbdDevice) stop() {
 
 // ready waits until the device can be opened, and checks that it is what we asked for.
 func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
-	ctx, cancel := context.WithTimeout(ctx, nbdReadyWait)
-	defer cancel()
 	if err := setSysfsValue(d.name(), "queue/io_timeout", strconv.FormatInt(nbdIOTimeout.Milliseconds(), 10)); err != nil {
 		return err
 	}
@@ -70,18 +68,12 @@ func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
 	}
 	// The first open scans the partition table, through us: later ones are free of I/O, so that
 	// a later process can look at the device while nobody serves it.
-	err := poll(ctx, func() (bool, error) {
-		f, err := os.OpenFile(d.Path(), os.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) {
-				return false, nil
-			}
-			return false, err
-		}
-		return true, f.Close()
-	})
+	f, err := openNode(ctx, d.Path(), os.O_RDONLY)
 	if err != nil {
-		return fmt.Errorf("open %s: %w", d.Path(), err)
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
 	}
 	size, err := sysfsSize(d.name())
 	if err != nil {

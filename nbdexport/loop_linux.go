@@ -65,17 +65,9 @@ func configureLoop(ctx context.Context, fd int, file string, o DeviceOptions) (l
 }
 
 // with calls f with the device node open. While it is open, the device's backing file does not change: a
-// LOOP_CLR_FD by anyone waits for the last close. The node of a new device may take a moment to appear.
+// LOOP_CLR_FD by anyone waits for the last close.
 func (l loopDevice) with(ctx context.Context, flag int, f func(fd int) error) error {
-	var dev *os.File
-	err := poll(ctx, func() (bool, error) {
-		var err error
-		dev, err = os.OpenFile(l.path(), flag|unix.O_CLOEXEC, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		}
-		return true, err
-	})
+	dev, err := openNode(ctx, l.path(), flag)
 	if err != nil {
 		return err
 	}

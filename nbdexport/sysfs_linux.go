@@ -67,6 +67,28 @@ func sysfsSize(dev string) (int64, error) {
 	return sectors * 512, err
 }
 
+// nodeWait bounds the wait for a device node after its device was made.
+const nodeWait = 10 * time.Second
+
+// openNode opens a device node, which may appear a moment after its device.
+func openNode(ctx context.Context, path string, flag int) (*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, nodeWait)
+	defer cancel()
+	var f *os.File
+	err := poll(ctx, func() (bool, error) {
+		var err error
+		f, err = os.OpenFile(path, flag|unix.O_CLOEXEC, 0)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) {
+			return false, nil
+		}
+		return true, err
+	})
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("open %s: the device node has not appeared (is the host's /dev mounted here?): %w", path, err)
+	}
+	return f, err
+}
+
 // openExclusive opens a device node and claims it, as a mount does: it fails with EBUSY while
 // a filesystem, a device-mapper table or swap holds it, and those fail while we do. It opens for
 // reading, because udev probes a device when a descriptor that could write is closed.

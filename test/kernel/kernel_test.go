@@ -27,7 +27,7 @@ const (
 var environment = vm.Environment{
 	Modules: []string{"nbd", "xfs", "ext4", "loop", "fuse"},
 	Programs: []string{"mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "xfs_io", "xfs_spaceman",
-		"fio", "blkdiscard", "fstrim", "mount", "umount", "losetup", "blkid", "dash"},
+		"fio", "blkdiscard", "fstrim", "mount", "umount", "losetup", "blkid", "nbd-client", "dash"},
 }
 
 // prepare returns a context for one run of a machine, and the machine.

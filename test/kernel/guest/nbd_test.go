@@ -102,7 +102,7 @@ func TestLife(t *testing.T) {
 				jobs, mib = 1, 2
 			}
 			run(t, "fio", "--name=verify", "--thread", "--directory="+dir, fmt.Sprintf("--numjobs=%d", jobs), fmt.Sprintf("--size=%dm", mib),
-				"--rw=randrw", "--bsrange=4k-128k", "--ioengine=psync", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=32",
+				"--rw=randrw", "--bsrange=4k-128k", "--ioengine=psync", "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", "--fsync=32",
 				fmt.Sprintf("--randseed=%d", i), "--minimal")
 			for job := range jobs {
 				if err := os.Remove(filepath.Join(dir, fmt.Sprintf("verify.%d.0", job))); err != nil {
@@ -330,6 +330,37 @@ func TestServerLost(t *testing.T) {
 	if err := dev.Detach(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestIndexTakenByAnother disconnects a device behind its owner's back and gives its index to
+// another disk. The first owner must see that, and leave the other alone.
+func TestIndexTakenByAnother(t *testing.T) {
+	a := newAttacher(t)
+	first := attach(t, a, newDisk(t, "raw", 16<<20), nbdexport.DeviceOptions{ID: "first.g1"})
+	run(t, "nbd-client", "-d", first.Path())
+	checkGone := func() {
+		t.Helper()
+		if err := first.Health(); !errors.Is(err, nbdexport.ErrDeviceGone) {
+			t.Fatalf("health: %v, want ErrDeviceGone", err)
+		}
+		if err := first.Resize(t.Context(), 16<<20); !errors.Is(err, nbdexport.ErrDeviceGone) {
+			t.Errorf("resize: %v, want ErrDeviceGone", err)
+		}
+	}
+	checkGone()
+	second := attach(t, a, newDisk(t, "raw", 16<<20), nbdexport.DeviceOptions{ID: "second.g1"})
+	if second.Path() != first.Path() {
+		t.Fatalf("the second device is %s, not %s: nothing is tested", second.Path(), first.Path())
+	}
+	checkGone()
+	if err := first.Detach(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := second.Health(); err != nil {
+		t.Errorf("health of the second device: %v", err)
+	}
+	run(t, "mkfs.ext4", "-q", second.Path())
+	run(t, "e2fsck", "-fn", second.Path())
 }
 
 // sockets returns the descriptors of this process that are Unix sockets.

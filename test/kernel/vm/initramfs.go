@@ -150,7 +150,7 @@ func programFiles(ctx context.Context, programs []string) ([]string, error) {
 		}
 	}
 	if len(missing) > 0 {
-		return nil, fmt.Errorf("not installed: %s (apt-get install busybox-static qemu-system-x86 e2fsprogs xfsprogs util-linux fio)", strings.Join(missing, ", "))
+		return nil, fmt.Errorf("not installed: %s (apt-get install busybox-static e2fsprogs xfsprogs util-linux mount fio nbd-client)", strings.Join(missing, ", "))
 	}
 	return files, nil
 }
