@@ -84,8 +84,8 @@ var importsOutside = rule{
 				if imported != o.prefix && (exact || !strings.HasPrefix(imported, o.prefix)) {
 					continue
 				}
-				if f.test() && (o.prefix == "flag" || o.prefix == "os/exec") {
-					continue // go test -update; oracles and helper processes
+				if f.test() && (o.prefix == "flag" || o.prefix == "log" || o.prefix == "os/exec") {
+					continue // go test -update; examples; oracles and helper processes
 				}
 				if !slices.Contains(o.areas, f.area()) {
 					found(at, f.area()+" imports "+imported+" ("+o.why+")")
