@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -25,6 +26,16 @@ func NewHost() Host { return linuxHost{mount.New("")} }
 
 // Mounts implements Host.
 func (linuxHost) Mounts(target string) ([]Mount, error) {
+	// The mount table has no symbolic links, a kubelet's directory may. What is
+	// mounted at target itself is not looked at: it may be dead.
+	dir, err := filepath.EvalSymlinks(filepath.Dir(target))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	target = filepath.Join(dir, filepath.Base(target))
 	infos, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.Mountpoint != target, false })
 	if err != nil {
 		return nil, err

@@ -92,6 +92,13 @@ func (p *Pool) snapshotIDFor(name, vol string) (string, *snapshotRecord) {
 // takeSnapshot takes the snapshot of rec, from its intent to its final record.
 // The caller holds the ID lock of e.
 func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (_ *snapshotRecord, err error) {
+	p.mu.Lock()
+	formatting := e.rec.Filesystem.State == FilesystemFormatting
+	p.mu.Unlock()
+	if formatting {
+		// A clone of half a filesystem could neither be mounted nor formatted.
+		return nil, fmt.Errorf("%w: volume %s is being formatted", ErrBusy, e.id)
+	}
 	// A hidden snapshot may follow one of the same ID whose clone was deleted.
 	if err := p.removeView(e, rec.ID); err != nil {
 		return nil, err

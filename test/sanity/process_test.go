@@ -87,6 +87,13 @@ func newProcess(t *testing.T) *process {
 			t.Fatal(err)
 		}
 	}
+	// Where a kubelet's directory is a link, the mount table shows what it leads to.
+	if err := os.Mkdir(p.path("pods-behind-a-link"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(p.path("pods-behind-a-link"), p.path("pods")); err != nil {
+		t.Fatal(err)
+	}
 	return p
 }
 
