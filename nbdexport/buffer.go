@@ -28,13 +28,23 @@ type buffer struct {
 // not used for a while back to the garbage collector.
 var bufferPools [len(bufferSizes)]sync.Pool
 
-// newBuffer returns a buffer for n bytes, at most maxBuffer. Its content is
-// arbitrary: earlier payload of any connection.
-func newBuffer(n int) *buffer {
+// bufferClass returns the class of a buffer for n bytes, at most maxBuffer.
+func bufferClass(n int) int {
 	class := 0
 	for bufferSizes[class] < n {
 		class++
 	}
+	return class
+}
+
+// bufferCost returns what a buffer for n bytes costs in memory: it must be
+// admitted before there is one.
+func bufferCost(n int) int { return bufferSizes[bufferClass(n)] }
+
+// newBuffer returns a buffer for n bytes, at most maxBuffer. Its content is
+// arbitrary: earlier payload of any connection.
+func newBuffer(n int) *buffer {
+	class := bufferClass(n)
 	if b, ok := bufferPools[class].Get().(*buffer); ok {
 		return b
 	}

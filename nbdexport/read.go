@@ -17,18 +17,17 @@ const (
 
 // readInLine answers a read of at most inLineBytes.
 func (c *conn) readInLine(r *request) error {
-	buf := newBuffer(int(r.n))
-	cost := requestCost + len(buf.b)
+	cost := requestCost + bufferCost(int(r.n))
 	if err := c.out.admit(cost); err != nil {
-		buf.release()
 		return err
 	}
-	c.readWhole(r, buf, cost)
+	c.readWhole(r, cost)
 	return nil
 }
 
-// readWhole answers a read with one piece of data, which it reads into buf.
-func (c *conn) readWhole(r *request, buf *buffer, cost int) {
+// readWhole answers a read with one piece of data. cost covers its buffer.
+func (c *conn) readWhole(r *request, cost int) {
+	buf := newBuffer(int(r.n))
 	if err := c.readAt(buf.b[:r.n], r.off); err != nil {
 		buf.release()
 		c.replyError(r, err, "", cost)
@@ -57,12 +56,11 @@ func (c *conn) handleRead(ctx context.Context, t *task) {
 	case r.n > maxBuffer:
 		c.readStream(t)
 	default:
-		buf := newBuffer(int(r.n))
-		if c.out.admit(len(buf.b)) != nil {
-			buf.release()
+		cost := bufferCost(int(r.n))
+		if c.out.admit(cost) != nil {
 			return
 		}
-		c.readWhole(r, buf, t.cost+len(buf.b))
+		c.readWhole(r, t.cost+cost)
 	}
 }
 
@@ -94,21 +92,20 @@ func (c *conn) readChunks(ctx context.Context, t *task) {
 // readChunk answers a part of a read, and returns false when that has ended
 // the request. cost returns with the last part.
 func (c *conn) readChunk(r *request, off uint64, n, cost int) bool {
-	buf := newBuffer(n)
-	if c.out.admit(len(buf.b)) != nil {
-		buf.release()
+	pieceCost := bufferCost(n)
+	if c.out.admit(pieceCost) != nil {
 		return false
 	}
+	buf := newBuffer(n)
 	if err := c.readAt(buf.b[:n], off); err != nil {
-		cost += len(buf.b)
 		buf.release()
-		c.replyError(r, err, "", cost)
+		c.replyError(r, err, "", cost+pieceCost)
 		return false
 	}
 	if off+uint64(n) < r.off+r.n {
 		cost = 0
 	}
-	c.replyData(r, off, buf, n, cost+len(buf.b))
+	c.replyData(r, off, buf, n, cost+pieceCost)
 	c.out.flush()
 	return true
 }
@@ -120,11 +117,11 @@ func (c *conn) readStream(t *task) {
 	r := &t.r
 	end := r.off + r.n
 	n := pieceAt(r.off, end)
-	buf := newBuffer(maxBuffer)
-	defer buf.release()
 	if c.out.admit(maxBuffer) != nil {
 		return
 	}
+	buf := newBuffer(maxBuffer)
+	defer buf.release()
 	if err := c.readAt(buf.b[:n], r.off); err != nil {
 		c.replyError(r, err, "", t.cost+maxBuffer)
 		return

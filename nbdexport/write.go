@@ -30,18 +30,17 @@ func (c *conn) writeAt(p []byte, r *request) error {
 
 // handWrite reads the payload of r into a buffer and hands both to a worker.
 func (c *conn) handWrite(ctx context.Context, r *request) error {
-	buf := newBuffer(int(r.n))
-	cost := len(buf.b) + requestCost
-	if err := c.out.admit(len(buf.b)); err != nil {
-		buf.release()
+	cost := bufferCost(int(r.n))
+	if err := c.out.admit(cost); err != nil {
 		return err
 	}
+	buf := newBuffer(int(r.n))
 	if err := c.rx.readFull(buf.b[:r.n]); err != nil {
 		buf.release()
-		c.out.refund(len(buf.b))
+		c.out.refund(cost)
 		return err
 	}
-	return c.hand(ctx, task{r: *r, buf: buf, cost: cost})
+	return c.hand(ctx, task{r: *r, buf: buf, cost: cost + requestCost})
 }
 
 // writeInPieces writes payload that is too long to be held at once, piece by
