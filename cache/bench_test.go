@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // benchSlots are the sizes of the cache in the benchmarks: what an operation
@@ -42,6 +45,7 @@ func benchSizes(b *testing.B, setup func(b *testing.B, h *Handle, slots int) fun
 // goroutines runs body in n goroutines that share b.N.
 func goroutines(b *testing.B, n int, body func(g, ops int)) {
 	done := make(chan struct{})
+	before := cpuTime(b)
 	b.ResetTimer()
 	for g := range n {
 		go func() { // ends with its share of b.N
@@ -53,6 +57,17 @@ func goroutines(b *testing.B, n int, body func(g, ops int)) {
 		<-done
 	}
 	b.StopTimer()
+	b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N), "cpu-ns/op")
+}
+
+// cpuTime returns the processor time of the process in user mode: what can be
+// compared on a machine that has other work.
+func cpuTime(b *testing.B) time.Duration {
+	var ru unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &ru); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(ru.Utime.Nano())
 }
 
 // inTwoSets returns n offsets of tables that hash to the first two sets.
