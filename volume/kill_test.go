@@ -92,11 +92,12 @@ func (f *mortalFile) Allocate(off, n int64) error {
 	return f.File.Allocate(off, n)
 }
 
-// An outcome is what users and the directory show of a pool, without times.
+// An outcome is what users, the directory and the images show of a pool, without times.
 type outcome struct {
 	volumes   []Volume
 	snapshots []Snapshot
 	files     []string
+	internal  []string // internal snapshots, tombstones' included
 }
 
 func outcomeOf(t *testing.T, p *Pool) outcome {
@@ -115,11 +116,26 @@ func outcomeOf(t *testing.T, p *Pool) outcome {
 	for i := range snapshots {
 		snapshots[i].Created = time.Time{}
 	}
-	return outcome{volumes, snapshots, files(t, p.Path())}
+	var internal []string
+	for _, id := range p.sortedIDs() {
+		d, err := p.openAny(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range d.Image.Snapshots() {
+			internal = append(internal, id+" "+s.Name)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	slices.Sort(internal)
+	return outcome{volumes, snapshots, files(t, p.Path()), internal}
 }
 
 func (o outcome) equal(p outcome) bool {
-	return slices.Equal(o.volumes, p.volumes) && slices.Equal(o.snapshots, p.snapshots) && slices.Equal(o.files, p.files)
+	return slices.Equal(o.volumes, p.volumes) && slices.Equal(o.snapshots, p.snapshots) && slices.Equal(o.files, p.files) &&
+		slices.Equal(o.internal, p.internal)
 }
 
 // TestKilledAtEveryStep runs each operation in a process that is killed at its
@@ -131,6 +147,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 		run  func(ctx context.Context, p *Pool, f family) error
 		// repeat says which error of the second run means that the first was done.
 		repeat error
+		// content, if not 0, is what the first MiB of the volume "new" holds.
+		content byte
 	}{
 		{name: "create", run: func(ctx context.Context, p *Pool, _ family) error {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Size: SizeRange{Required: 4 << 20}, Params: DefaultParams()})
@@ -139,11 +157,11 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{name: "restore", run: func(ctx context.Context, p *Pool, f family) error {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Params: DefaultParams(), Source: Source{Snapshot: f.ids["s1"]}})
 			return err
-		}},
+		}, content: 1},
 		{name: "clone", run: func(ctx context.Context, p *Pool, f family) error {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Params: DefaultParams(), Source: Source{Volume: f.ids["cloned"]}})
 			return err
-		}},
+		}, content: 3},
 		{name: "snapshot", run: func(ctx context.Context, p *Pool, f family) error {
 			_, err := p.CreateSnapshot(ctx, "new", f.ids["a"])
 			return err
@@ -216,6 +234,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 					if _, err := p.Get(f.ids[name]); err == nil {
 						wantBytes(t, p, f.ids[name], 0, f.want[name], 1<<20)
 					}
+				}
+				if op.content != 0 {
+					id, _ := p.VolumeNamed("new")
+					wantBytes(t, p, id, 0, op.content, 1<<20)
 				}
 				if err := p.Close(); err != nil {
 					t.Fatalf("kill %d: close: %v", kills, err)
