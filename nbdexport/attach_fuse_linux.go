@@ -82,7 +82,8 @@ func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ 
 	undo = append(undo, func() error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachWait)
 		defer cancel()
-		return loop.clear(ctx, false)
+		_, err := loop.clear(ctx, false) // nothing is written back, so nothing is lost
+		return err
 	})
 	if o.Discard {
 		if err := loop.allowDiscard(); err != nil {
@@ -124,7 +125,7 @@ func (d *fuseDriver) stale(_ context.Context, live map[string]bool) ([]StaleDevi
 			ctx, cancel := context.WithTimeout(ctx, detachWait)
 			defer cancel()
 			// Nothing is written back: whoever could have taken it is dead.
-			if err := loop.clear(ctx, false); err != nil {
+			if _, err := loop.clear(ctx, false); err != nil {
 				return err
 			}
 			return d.removeDir(id)

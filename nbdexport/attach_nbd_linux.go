@@ -145,7 +145,8 @@ func (d *nbdDriver) stale(_ context.Context, live map[string]bool) ([]StaleDevic
 		found = append(found, StaleDevice{ID: id, Kind: KindNBD, Path: dev.Path(), clean: func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, detachWait)
 			defer cancel()
-			return dev.disconnect(ctx, false)
+			_, err := dev.disconnect(ctx, false) // nothing is written back, so nothing is lost
+			return err
 		}})
 	}
 	return found, errors.Join(errs...)

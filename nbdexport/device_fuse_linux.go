@@ -23,6 +23,7 @@ type fuseDevice struct {
 
 	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
 	detached bool       // guarded by mu
+	lost     error      // write back that failed, as ErrNotFlushed, to be told at the end; guarded by mu
 }
 
 func (d *fuseDevice) Path() string { return d.loop.path() }
@@ -64,19 +65,20 @@ func (d *fuseDevice) Detach(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, detachWait)
 	defer cancel()
-	lost := d.loop.clear(ctx, !d.mount.dead())
-	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
-		return lost
+	lost, err := d.loop.clear(ctx, !d.mount.dead())
+	d.lost = errors.Join(d.lost, lost)
+	if err != nil {
+		return err
 	}
 	if err := d.mount.unmount(); err != nil {
-		return errors.Join(lost, err)
+		return err
 	}
 	if err := os.Remove(d.mount.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(lost, err)
+		return err
 	}
 	d.detached = true
 	if err := d.backend.Flush(); err != nil {
-		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
+		d.lost = errors.Join(d.lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
 	}
-	return lost
+	return d.lost
 }

@@ -29,6 +29,7 @@ type nbdDevice struct {
 
 	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
 	detached bool       // guarded by mu
+	lost     error      // write back that failed, as ErrNotFlushed, to be told at the end; guarded by mu
 }
 
 func (d *nbdDevice) name() string { return "nbd" + strconv.FormatUint(uint64(d.index), 10) }
@@ -66,13 +67,7 @@ func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
 	if ok, err := n.connected(d.index); err != nil || !ok {
 		return errors.Join(fmt.Errorf("%s: the driver says that it is not connected", d.Path()), err)
 	}
-	// The first open scans the partition table, through us: later ones are free of I/O, so that
-	// a later process can look at the device while nobody serves it.
-	f, err := openNode(ctx, d.Path(), os.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
+	if err := d.scan(ctx); err != nil {
 		return err
 	}
 	size, err := sysfsSize(d.name())
@@ -83,6 +78,17 @@ func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
 		return fmt.Errorf("%s has %d bytes, want %d", d.Path(), size, d.Size())
 	}
 	return nil
+}
+
+// scan opens the device once. The first open after a connect or a change of size scans for a
+// partition table, through us; those after it are free of I/O, so that a later process can look at
+// the device while nobody serves it.
+func (d *nbdDevice) scan(ctx context.Context) error {
+	f, err := openNode(ctx, d.Path(), os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // ours returns nil when the index still belongs to this device: an index is used again.
@@ -116,7 +122,7 @@ func (d *nbdDevice) Resize(ctx context.Context, size int64) error {
 	defer d.mu.Unlock()
 	err := checkResize(d, d.opts, d.backend, size)
 	if err == nil {
-		err = d.resize(size)
+		err = d.resize(ctx, size)
 	}
 	if err != nil {
 		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
@@ -124,7 +130,7 @@ func (d *nbdDevice) Resize(ctx context.Context, size int64) error {
 	return nil
 }
 
-func (d *nbdDevice) resize(size int64) error {
+func (d *nbdDevice) resize(ctx context.Context, size int64) error {
 	n, err := dialNBD()
 	if err != nil {
 		return err
@@ -137,7 +143,7 @@ func (d *nbdDevice) resize(size int64) error {
 		return errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", d.Path(), got, size), err)
 	}
 	d.size.Store(size)
-	return nil
+	return d.scan(ctx)
 }
 
 func (d *nbdDevice) Detach(ctx context.Context) error {
@@ -149,36 +155,37 @@ func (d *nbdDevice) Detach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, detachWait)
 	defer cancel()
 	dead := errors.Is(d.Health(), ErrDeviceDead)
-	lost := d.disconnect(ctx, !dead)
-	if lost != nil && !errors.Is(lost, ErrNotFlushed) {
-		return lost
+	lost, err := d.disconnect(ctx, !dead)
+	d.lost = errors.Join(d.lost, lost)
+	if err != nil {
+		return err
 	}
 	d.stop()
 	d.detached = true
 	if err := d.backend.Flush(); err != nil {
-		lost = errors.Join(lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
+		d.lost = errors.Join(d.lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
 	}
-	return lost
+	return d.lost
 }
 
 // disconnect takes the device apart when nobody has it open, after writing back what the kernel
 // holds for it when writeBack is set. It waits for openers until ctx ends, then returns
-// ErrDeviceBusy with the device as it was. A device that is not ours any more is success. A failed
-// write back is returned as ErrNotFlushed, with the device disconnected.
-func (d *nbdDevice) disconnect(ctx context.Context, writeBack bool) error {
+// ErrDeviceBusy with the device as it was. A device that is not ours any more is success. lost is
+// ErrNotFlushed when the write back failed, which the kernel tells once: the device is disconnected
+// all the same, unless err says otherwise.
+func (d *nbdDevice) disconnect(ctx context.Context, writeBack bool) (lost, err error) {
 	if err := d.ours(); err != nil {
-		return ignoring(err, ErrDeviceGone)
+		return nil, ignoring(err, ErrDeviceGone)
 	}
 	dev, err := d.claim(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer dev.Close()
 	// From here on nobody can mount the device.
 	if err := d.ours(); err != nil {
-		return ignoring(err, ErrDeviceGone)
+		return nil, ignoring(err, ErrDeviceGone)
 	}
-	var lost error
 	if writeBack {
 		if err := dev.Sync(); err != nil {
 			lost = fmt.Errorf("write back %s: %w: %w", d.Path(), ErrNotFlushed, err)
@@ -186,22 +193,21 @@ func (d *nbdDevice) disconnect(ctx context.Context, writeBack bool) error {
 	}
 	n, err := dialNBD()
 	if err != nil {
-		return err
+		return lost, err
 	}
 	defer n.close()
 	if err := n.disconnect(d.index); err != nil {
-		return err
+		return lost, err
 	}
-	// The last reference to the connection is that of the open descriptor.
-	dev.Close()
+	dev.Close() // the last reference to the connection is that of the open descriptor
 	err = poll(ctx, func() (bool, error) {
 		_, err := sysfsValue(d.name(), "pid")
 		return errors.Is(err, fs.ErrNotExist), ignoring(err, fs.ErrNotExist)
 	})
 	if err != nil {
-		return errors.Join(lost, fmt.Errorf("wait for the end of %s: %w", d.Path(), err))
+		return lost, fmt.Errorf("wait for the end of %s: %w", d.Path(), err)
 	}
-	return lost
+	return lost, nil
 }
 
 // claim opens the device as its only opener.

@@ -353,6 +353,35 @@ func TestDetachReportsLostWrites(t *testing.T) {
 	}
 }
 
+// TestRefusedDetachRemembersLostWrites checks that what the kernel says once about lost writes is
+// not forgotten when the detach that heard it is refused.
+func TestRefusedDetachRemembersLostWrites(t *testing.T) {
+	a, _ := newAttacher(t)
+	b := newBackend(t, 8<<20)
+	dev := attach(t, a, b, nbdexport.DeviceOptions{ID: "vol-1.g1"})
+	f, err := os.OpenFile(dev.Path(), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fail := error(unix.EIO)
+	b.WriteError.Store(&fail)
+	if _, err := f.Write(make([]byte, 4096)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if err := dev.Detach(ctx); !errors.Is(err, nbdexport.ErrDeviceBusy) {
+		t.Errorf("detach with an opener: %v, want ErrDeviceBusy", err)
+	}
+	b.WriteError.Store(nil)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := dev.Detach(t.Context()); !errors.Is(err, nbdexport.ErrNotFlushed) {
+		t.Errorf("detach: %v, want ErrNotFlushed", err)
+	}
+}
+
 // TestBackendErrors checks which error a user of the device sees.
 func TestBackendErrors(t *testing.T) {
 	a, _ := newAttacher(t)

@@ -129,11 +129,11 @@ func (l loopDevice) resize(ctx context.Context, size int64) error {
 
 // clear takes the device from its backing file, after writing back what the kernel holds for it
 // when writeBack is set. It waits for openers until ctx ends, then returns ErrDeviceBusy with the
-// device as it was. A device that is not bound to our file any more is success. A failed write back
-// is returned as ErrNotFlushed, with the device cleared.
-func (l loopDevice) clear(ctx context.Context, writeBack bool) error {
-	var lost error
-	err := poll(ctx, func() (bool, error) {
+// device as it was. A device that is not bound to our file any more is success. lost is
+// ErrNotFlushed when the write back failed, which the kernel tells once: the device is cleared all
+// the same, unless err says otherwise.
+func (l loopDevice) clear(ctx context.Context, writeBack bool) (lost, err error) {
+	err = poll(ctx, func() (bool, error) {
 		if ok, err := l.bound(); err != nil || !ok {
 			return true, err
 		}
@@ -159,19 +159,16 @@ func (l loopDevice) clear(ctx context.Context, writeBack bool) error {
 		}
 		return false, nil
 	})
-	if err == nil {
-		return lost
-	}
-	if ctx.Err() == nil {
-		return err
+	if err == nil || ctx.Err() == nil {
+		return lost, err
 	}
 	if err := l.keep(); err != nil {
-		return err
+		return lost, err
 	}
 	if ok, err := l.bound(); err != nil || !ok {
-		return errors.Join(lost, err) // the last opener went just now
+		return lost, err // the last opener went just now
 	}
-	return fmt.Errorf("%s: %w", l.path(), ErrDeviceBusy)
+	return lost, fmt.Errorf("%s: %w", l.path(), ErrDeviceBusy)
 }
 
 // keep takes back a LOOP_CLR_FD that waits for openers, so that the device outlives them.
