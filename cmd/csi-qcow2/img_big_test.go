@@ -37,6 +37,27 @@ func TestImgConvertHuge(t *testing.T) {
 	qemutest.Check(t, "out.qcow2")
 }
 
+// TestImgConvertPreallocated converts 256 GiB of preallocated metadata: the
+// holes of the host file must not be read.
+func TestImgConvertPreallocated(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f qcow2 -o preallocation=metadata,cluster_size=2M src.qcow2 256G
+		qemu-io -c 'write -P 1 100G 1M' src.qcow2
+	`)
+	if r := runImg(t, "convert", "-O", "qcow2", "src.qcow2", "out.qcow2"); r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	if r := runImg(t, "compare", "src.qcow2", "out.qcow2"); r.code != 0 {
+		t.Errorf("%+v", r)
+	}
+	if used, err := hostBytes("out.qcow2"); err != nil || used > 8<<20 {
+		t.Errorf("the target takes %d bytes (%v)", used, err)
+	}
+	qemutest.Compare(t, "qcow2", "src.qcow2", "qcow2", "out.qcow2")
+	qemutest.Check(t, "out.qcow2")
+}
+
 // TestImgLocked runs each subcommand on images that another process has open.
 func TestImgLocked(t *testing.T) {
 	t.Chdir(t.TempDir())

@@ -76,6 +76,10 @@ type pair struct {
 // produce emits the ranges that must be read, until a difference is found.
 func (c *comparer) produce(ctx context.Context, emit func(pair) error) error {
 	var at [2]qcow2.Extent
+	status := [2]statusFunc{sparseStatus(c.disks[0]), sparseStatus(c.disks[1])}
+	if c.opts.Strict {
+		status = [2]statusFunc{c.disks[0].BlockStatus, c.disks[1].BlockStatus}
+	}
 	end := max(c.disks[0].Size(), c.disks[1].Size())
 	for off := int64(0); off < end && !c.found(); {
 		p := pair{end: end}
@@ -85,7 +89,7 @@ func (c *comparer) produce(ctx context.Context, emit func(pair) error) error {
 			}
 			if off >= at[i].End() {
 				var err error
-				if at[i], err = d.BlockStatus(ctx, off, d.Size()-off); err != nil {
+				if at[i], err = status[i](ctx, off, d.Size()-off); err != nil {
 					return err
 				}
 			}

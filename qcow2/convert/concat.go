@@ -61,11 +61,20 @@ func (c *concat) ReadAt(p []byte, off int64) (int, error) {
 
 // BlockStatus implements qcow2.Disk.
 func (c *concat) BlockStatus(ctx context.Context, off, n int64) (qcow2.Extent, error) {
+	return c.status(ctx, off, n, func(d qcow2.Disk) statusFunc { return d.BlockStatus })
+}
+
+// SparseStatus is that of the disks.
+func (c *concat) SparseStatus(ctx context.Context, off, n int64) (qcow2.Extent, error) {
+	return c.status(ctx, off, n, sparseStatus)
+}
+
+func (c *concat) status(ctx context.Context, off, n int64, of func(qcow2.Disk) statusFunc) (qcow2.Extent, error) {
 	if err := c.checkRange(off, n); err != nil || n == 0 {
 		return qcow2.Extent{}, errors.Join(err, ctx.Err())
 	}
 	d, at, n := c.at(off, n)
-	e, err := d.BlockStatus(ctx, at, n)
+	e, err := of(d)(ctx, at, n)
 	e.Off = off
 	return e, err
 }

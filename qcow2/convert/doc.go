@@ -5,7 +5,8 @@
 //
 // Source and target are any qcow2.Disk. Copy asks the source for its block
 // status over the whole backing chain: what is unallocated or zero is not
-// read, so the cost follows the data and not the virtual size. Zeroes inside
+// read, and holes of the host files neither, so the cost follows the data and
+// not the virtual size, with preallocated metadata too. Zeroes inside
 // the data are found and not written. Targets that can are written compressed.
 //
 // # Terms

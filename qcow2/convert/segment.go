@@ -10,9 +10,27 @@ import (
 // Extents returns the block status of [off, end) of d, extent by extent.
 // Neighbours differ in state, or do not follow each other in the host file.
 func Extents(ctx context.Context, d qcow2.Disk, off, end int64) iter.Seq2[qcow2.Extent, error] {
+	return extents(ctx, d.BlockStatus, off, end)
+}
+
+// A statusFunc is the BlockStatus of a disk, or a closer look.
+type statusFunc func(ctx context.Context, off, n int64) (qcow2.Extent, error)
+
+// sparseStatus returns the block status of d in which holes of host files are
+// zero, where d can look for them.
+func sparseStatus(d qcow2.Disk) statusFunc {
+	if s, ok := d.(interface {
+		SparseStatus(ctx context.Context, off, n int64) (qcow2.Extent, error)
+	}); ok {
+		return s.SparseStatus
+	}
+	return d.BlockStatus
+}
+
+func extents(ctx context.Context, status statusFunc, off, end int64) iter.Seq2[qcow2.Extent, error] {
 	return func(yield func(qcow2.Extent, error) bool) {
 		for off < end {
-			e, err := d.BlockStatus(ctx, off, end-off)
+			e, err := status(ctx, off, end-off)
 			if err == nil {
 				err = ctx.Err()
 			}
@@ -47,7 +65,7 @@ type segment struct {
 func segments(ctx context.Context, src qcow2.Disk, end, granule int64, targetHasBacking bool) iter.Seq2[segment, error] {
 	return func(yield func(segment, error) bool) {
 		var last segment // not yielded yet; it may grow
-		for e, err := range Extents(ctx, src, 0, end) {
+		for e, err := range extents(ctx, sparseStatus(src), 0, end) {
 			if err != nil {
 				yield(segment{}, err)
 				return

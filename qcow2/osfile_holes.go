@@ -1,0 +1,43 @@
+package qcow2
+
+import "context"
+
+// SparseStatus is BlockStatus, but data that is a hole in its host file, as in
+// an image with preallocated metadata, counts as zero too. It costs a look
+// into the host file's own map, so it is for copies, which save the read.
+//
+// The extent has Data, Zero and HostOff set then, as QEMU reports it.
+func (im *Image) SparseStatus(ctx context.Context, off, n int64) (Extent, error) {
+	// Inside the epoch no cluster that the mapping names can be freed and
+	// punched before its hole is looked for.
+	slot := im.epochs.enter()
+	defer im.epochs.exit(slot)
+	ext, err := im.BlockStatus(ctx, off, n)
+	if err != nil || !ext.Data || ext.HostOff < 0 {
+		return ext, err
+	}
+	level := im
+	for range ext.Depth {
+		next, ok := level.backing.(*Image)
+		if !ok {
+			return ext, nil // a raw disk has looked itself
+		}
+		level = next
+	}
+	f, ok := level.f.(interface {
+		NextData(off, end int64) (start, stop int64, err error)
+	})
+	if !ok {
+		return ext, nil
+	}
+	start, stop, err := f.NextData(ext.HostOff, ext.HostOff+ext.Len)
+	if err != nil {
+		return Extent{}, err
+	}
+	if start > ext.HostOff {
+		ext.Zero, ext.Len = true, start-ext.HostOff
+	} else {
+		ext.Len = stop - ext.HostOff
+	}
+	return ext, nil
+}
