@@ -69,6 +69,8 @@ func (m *mutant) test(t *testing.T, root string) {
 	defer cancel()
 	run := exec.CommandContext(ctx, binary, "-test.failfast", "-test.run", m.run)
 	run.Dir = filepath.Join(root, m.pkg)
+	// A test that builds the command builds the mutant.
+	run.Env = append(os.Environ(), "GOFLAGS=-overlay="+overlayFile)
 	run.WaitDelay = 5 * time.Second
 	start := time.Now()
 	out, err := run.CombinedOutput()
