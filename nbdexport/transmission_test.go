@@ -354,6 +354,22 @@ func TestErrorInsideALongRead(t *testing.T) {
 	})
 }
 
+// TestErrorInsideALongWrite checks that a piece that is written does not make up
+// for one that is not.
+func TestErrorInsideALongWrite(t *testing.T) {
+	forModes(t, 8<<20, func(t *testing.T, c *nbdtest.Client, m *nbdtest.Memory) {
+		m.Before = func(op string, off, _ int64) error {
+			if op == "write" && off == 2<<20 {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		if r := write(c, 0, 0, make([]byte, 7<<20)); r.Err != syscall.ENOSPC {
+			t.Errorf("got %v: want ENOSPC", r.Err)
+		}
+	})
+}
+
 func TestReadOnlyRefusesChanges(t *testing.T) {
 	m := nbdtest.NewMemory(1 << 20)
 	m.Before = func(op string, _, _ int64) error {

@@ -1,0 +1,92 @@
+package nbdexport
+
+import (
+	"context"
+	"io"
+	"net"
+	"syscall"
+	"testing"
+)
+
+// striped is a backend of 8 MiB whose every other 64 KiB are a hole. It fails
+// beyond 6 MiB.
+type striped struct{}
+
+const stripedSize = 8 << 20
+
+func (striped) do(off int64) error {
+	if off >= 6<<20 {
+		return syscall.EIO
+	}
+	return nil
+}
+
+func (b striped) ReadAt(p []byte, off int64) (int, error)    { return len(p), b.do(off) }
+func (b striped) WriteAt(p []byte, off int64) (int, error)   { return len(p), b.do(off) }
+func (b striped) WriteZeroes(off, n int64, unmap bool) error { return b.do(off) }
+func (b striped) Discard(off, n int64) error                 { return b.do(off) }
+func (b striped) Flush() error                               { return nil }
+func (b striped) Size() int64                                { return stripedSize }
+func (b striped) SparseReads() bool                          { return true }
+func (b striped) BlockStatus(_ context.Context, off, n int64) (Extent, error) {
+	const stripe = 64 << 10
+	hole := off/stripe%2 == 1
+	return Extent{Len: min(n, stripe-off%stripe), Hole: hole, Zero: hole}, nil
+}
+
+// TestBudgetIsReturned checks, for each kind of request and of its end, that
+// what was admitted for it returns, no more and no less: otherwise a long
+// connection would come to a stop, or lose its bound.
+func TestBudgetIsReturned(t *testing.T) {
+	var requests []request
+	for _, n := range []uint64{0, 1, 4096, 64 << 10, 300 << 10, 2 << 20, 5 << 20} {
+		for _, off := range []uint64{0, 2 << 20, 5<<20 + 512<<10, stripedSize - n, stripedSize} {
+			for cmd := cmdRead; cmd <= cmdBlockStatus; cmd++ {
+				if cmd != cmdDisconnect {
+					requests = append(requests, request{cmd: cmd, off: off, n: n})
+				}
+			}
+			requests = append(requests,
+				request{cmd: cmdRead, flags: flagDF, off: off, n: n},
+				request{cmd: cmdWrite, flags: flagFUA, off: off, n: n},
+				request{cmd: cmdWriteZeroes, flags: flagFastZero, off: off, n: n})
+		}
+	}
+	for name, terms := range map[string]terms{
+		"simple":     {},
+		"structured": {structured: true, contexts: 6},
+	} {
+		t.Run(name, func(t *testing.T) {
+			terms.flags = (&Export{}).TransmissionFlags()
+			server, client := net.Pipe()
+			c := newConn(server, striped{}, terms, 0)
+			done := make(chan error)
+			go func() { done <- c.serve(t.Context()) }()
+			go io.Copy(io.Discard, client) // ends with the connection
+			for _, r := range requests {
+				if !terms.structured && r.cmd == cmdRead && r.n > maxBuffer && r.off < 6<<20 && r.off+r.n > 6<<20 {
+					continue // fails in its middle, which ends the connection
+				}
+				b := make([]byte, requestSize)
+				r.encode(b)
+				if r.cmd == cmdWrite {
+					b = append(b, make([]byte, r.n)...)
+				}
+				if _, err := client.Write(b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			disconnect := make([]byte, requestSize)
+			(&request{cmd: cmdDisconnect}).encode(disconnect)
+			if _, err := client.Write(disconnect); err != nil {
+				t.Fatal(err)
+			}
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			if c.out.free != connBudget {
+				t.Errorf("budget at the end is %d: want %d", c.out.free, connBudget)
+			}
+		})
+	}
+}
