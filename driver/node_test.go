@@ -4,12 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"csi-qcow2/internal/durable"
 	"csi-qcow2/volume"
 )
 
@@ -363,4 +365,34 @@ func TestNodeLimit(t *testing.T) {
 		}
 		wantCode(t, fmt.Sprint("stage ", i), err, want)
 	}
+}
+
+// TestHintsThatDoNotCount: a hint of another boot, or a damaged one, is dropped;
+// the volume is staged as if nothing had been.
+func TestHintsThatDoNotCount(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	path := filepath.Join(r.dir, "run", hintName(id))
+	other, err := durable.EncodeRecord(hintKind, hintVersion, stageHint{Volume: id, BootID: "another boot", StagingPath: r.path("staging"), Device: "/dev/fake9"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign, err := durable.EncodeRecord(hintKind, hintVersion, stageHint{Volume: "vol-x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, content := range map[string][]byte{"another boot": other, "damaged": []byte("{"), "another volume": foreign} {
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.restart()
+		if r.driver.stagedVolume(id) != nil {
+			t.Errorf("%s: the volume counts as staged", what)
+		}
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: the hint is left: %v", what, err)
+		}
+	}
+	mustCycle(t, r, id, mountCap(""))
+	r.wantClean()
 }

@@ -271,15 +271,15 @@ func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error 
 // isOurs reports whether the mount m at path is one of v's device. It looks at
 // the mount table, never through the mount: its device may be dead.
 func (d *Driver) isOurs(v *stagedVolume, path string, m Mount) (bool, error) {
-	if v.hint.Device == "" {
-		return false, nil // nothing was attached yet
-	}
 	number, err := d.opts.Host.DeviceNumber(v.hint.Device)
-	if err != nil || !v.hint.Block {
-		return err == nil && number == m.Device, err
+	if err != nil || number == 0 { // nothing was attached yet, or the node is gone
+		return false, err
+	}
+	if !v.hint.Block {
+		return number == m.Device, nil
 	}
 	at, err := d.opts.Host.DeviceNumber(path) // a bound device node
-	return err == nil && at == number && number != 0, err
+	return at == number, err
 }
 
 // unmountOurs takes the mounts of v's device off path. It stops at a mount of

@@ -61,6 +61,23 @@ func TestSnapshotNameAgain(t *testing.T) {
 	wantBytes(t, p, later.ID, 0, 2, 4096)
 }
 
+// TestCloneNameAgain: a clone of the same name shows the source as it is now,
+// although what the first one was made from has not been reaped.
+func TestCloneNameAgain(t *testing.T) {
+	p := newPool(t)
+	v := create(t, p, "v", Source{})
+	write(t, p, v.ID, 0, 1, 4096)
+	first := create(t, p, "c", Source{Volume: v.ID})
+	remove(t, p, first.ID)
+	write(t, p, v.ID, 0, 2, 4096)
+	second := create(t, p, "c", Source{Volume: v.ID})
+	if second.ID != first.ID {
+		t.Fatalf("the ID changed from %s to %s: the test does not meet the case", first.ID, second.ID)
+	}
+	wantBytes(t, p, second.ID, 0, 2, 4096)
+	wantQEMU(t, imagePath(p, second.ID), 0, 2, 4096)
+}
+
 func TestListSnapshots(t *testing.T) {
 	p := newPool(t)
 	v, w := create(t, p, "v", Source{}), create(t, p, "w", Source{})
