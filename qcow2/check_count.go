@@ -118,7 +118,7 @@ func (r *refCounts) count(c hostCluster, v counter) uint64 {
 
 // shared reports whether c, whose counter is v, is metadata and something else.
 func (r *refCounts) shared(c hostCluster, v counter) bool {
-	return v&(seenTable|seenData) == seenTable|seenData || v&seenMeta != 0 && r.count(c, v) > 1
+	return r.count(c, v) > 1 && (v&(seenTable|seenData) == seenTable|seenData || v&seenMeta != 0)
 }
 
 // references returns the references to c.

@@ -63,7 +63,7 @@ func (c *checker) addRange(off HostOffset, bytes int64, flags counter) bool {
 func (c *checker) overflow(k hostCluster) {
 	off := c.g.hostOffset(k)
 	c.problem(false, off, "ERROR: overflow cluster offset=%#x", uint64(off))
-	c.report(Problem{Off: off}, "Increase the refcount entry width or create a clean copy if the image cannot be opened for writing")
+	c.report(Problem{Off: off}, "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing")
 }
 
 // addBeyond remembers a reference beyond the end of the file, so that the

@@ -1,5 +1,7 @@
 package qcow2
 
+import "math"
+
 // loadSnapshots reads the snapshot table and reports what is wrong with it.
 func (c *checker) loadSnapshots() ([]snapshotRecord, error) {
 	records, bytes, err := readSnapshotTableSize(c.f, c.h)
@@ -25,7 +27,7 @@ func (c *checker) countSnapshot(s *snapshotRecord, step func()) error {
 		c.problem(false, s.l1Offset, "ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted",
 			s.id, s.name, uint64(s.l1Offset))
 		return nil
-	case s.l1Offset >= maxHostOffset:
+	case s.l1Offset > math.MaxInt64-maxL1Bytes:
 		c.problem(false, s.l1Offset, "ERROR snapshot %s (%s) l1_offset=%#x: L1 table is outside image; snapshot table entry corrupted",
 			s.id, s.name, uint64(s.l1Offset))
 		return nil

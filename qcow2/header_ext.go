@@ -39,11 +39,11 @@ func (h *header) decodeExtensions(area []byte) error {
 		length := binary.BigEndian.Uint32(area[off+4:])
 		at := HostOffset(off)
 		off += extHeaderBytes
-		if magic == extEnd {
-			return nil
-		}
 		if uint64(length) > uint64(len(area)-off) {
 			return corruptf("header extension", at, "%d bytes long, but only %d are left", length, len(area)-off)
+		}
+		if magic == extEnd {
+			return nil
 		}
 		data := area[off : off+int(length)]
 		off += (int(length) + 7) &^ 7
