@@ -61,8 +61,13 @@ func checkNothingLeft(t *testing.T, runDir string) {
 			t.Errorf("%s still names %s:\n%s", name, runDir, text)
 		}
 	}
-	if left, _ := filepath.Glob(filepath.Join(runDir, "fuse", "*")); len(left) > 0 {
-		t.Errorf("left: %v", left)
+	// This finds loop devices too whose mount is out of the tree.
+	a, err := nbdexport.NewAttacher(nbdexport.KindFUSE, nbdexport.AttacherOptions{RunDir: runDir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left, err := a.Stale(context.Background()); err != nil || len(left) > 0 {
+		t.Errorf("left: %+v, %v", left, err)
 	}
 }
 
