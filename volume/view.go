@@ -9,6 +9,7 @@ import (
 	"io"
 	"path"
 	"regexp"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -120,23 +121,6 @@ const (
 	incompatibleBroken = 1 << 1
 )
 
-// An entry of the snapshot table, big endian:
-//
-//	Offset  Size  Field
-//	     0     8  l1_table_offset
-//	     8     4  l1_size
-//	    12     2  id_size
-//	    14     2  name_size
-//	    36     4  extra_data_size
-//	    40        extra data: 8 bytes VM state size, 8 bytes disk size, …
-//	              ID, name, padding to a multiple of 8
-//
-// Spec: qcow2 "Snapshots".
-const (
-	snapshotEntryBytes = 40
-	maxSnapshotExtra   = 1024
-)
-
 // readHeader reads the fixed part of the header of a version 3 image.
 func readHeader(f io.ReaderAt) ([]byte, error) {
 	h := make([]byte, headerBytes)
@@ -172,54 +156,49 @@ func readBackingName(f io.ReaderAt) (string, error) {
 	return string(name), nil
 }
 
-// snapshotHeader returns the first viewClusterSize bytes of the image f as they
-// would be if the internal snapshot called name were its active state.
-func snapshotHeader(f io.ReaderAt, name string) ([]byte, error) {
-	if _, err := readHeader(f); err != nil {
-		return nil, err
-	}
-	b := make([]byte, viewClusterSize)
-	if n, err := f.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
-	} else {
-		clear(b[n:])
-	}
-	count, table := binary.BigEndian.Uint32(b[60:]), binary.BigEndian.Uint64(b[64:])
-	off := int64(table)
-	for range count {
-		entry := make([]byte, snapshotEntryBytes+16)
-		if _, err := f.ReadAt(entry, off); err != nil && !errors.Is(err, io.EOF) {
-			return nil, err
-		}
-		idSize := int64(binary.BigEndian.Uint16(entry[12:]))
-		nameSize := int64(binary.BigEndian.Uint16(entry[14:]))
-		extra := int64(binary.BigEndian.Uint32(entry[36:]))
-		if extra < 16 || extra > maxSnapshotExtra {
-			return nil, fmt.Errorf("%w: snapshot table entry at %#x has %d bytes of extra data", ErrDamaged, off, extra)
-		}
-		got := make([]byte, nameSize)
-		if _, err := f.ReadAt(got, off+snapshotEntryBytes+extra+idSize); err != nil {
-			return nil, fmt.Errorf("%w: snapshot table entry at %#x: %v", ErrDamaged, off, err)
-		}
-		if string(got) == name {
-			patchHeader(b, entry)
-			return b, nil
-		}
-		off += (snapshotEntryBytes + extra + idSize + nameSize + 7) &^ 7
-	}
-	return nil, fmt.Errorf("%w: the image has no internal snapshot %q", ErrDamaged, name)
-}
-
-// patchHeader makes the snapshot of a snapshot table entry (with the first 16
-// bytes of its extra data) the active state of the header in b.
-func patchHeader(b, entry []byte) {
-	copy(b[24:32], entry[snapshotEntryBytes+8:snapshotEntryBytes+16]) // size
-	copy(b[36:40], entry[8:12])                                       // l1_size
-	copy(b[40:48], entry[0:8])                                        // l1_table_offset
-	clear(b[60:72])                                                   // nb_snapshots, snapshots_offset
+// patchHeader makes the internal snapshot s, whose L1 table has entries entries
+// at off, the active state of the header in b.
+func patchHeader(b []byte, s qcow2.Snapshot, off qcow2.HostOffset, entries int) {
+	binary.BigEndian.PutUint64(b[24:], uint64(s.DiskSize))
+	binary.BigEndian.PutUint32(b[36:], uint32(entries))
+	binary.BigEndian.PutUint64(b[40:], uint64(off))
+	clear(b[60:72]) // nb_snapshots, snapshots_offset
 	features := binary.BigEndian.Uint64(b[72:])
 	binary.BigEndian.PutUint64(b[72:], features&^(incompatibleDirty|incompatibleBroken))
 	clear(b[88:96]) // autoclear_features: what they vouch for is not kept up here
+}
+
+// viewHeader returns the first viewClusterSize bytes of v's volume as they
+// would be if v's snapshot were its active state.
+func (p *Pool) viewHeader(ctx context.Context, v viewRef) (b []byte, err error) {
+	d, err := p.openAny(ctx, v.Volume)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	off, entries, err := d.Image.L1TableOf(v.Snapshot)
+	if err != nil {
+		return nil, err
+	}
+	all := d.Image.Snapshots()
+	i := slices.IndexFunc(all, func(s qcow2.Snapshot) bool { return s.Name == v.Snapshot })
+	if i < 0 {
+		return nil, fmt.Errorf("%w: %s", qcow2.ErrSnapshotNotFound, v.Snapshot)
+	}
+	f, err := p.dir.OpenFile(path.Join(volumeDir(v.Volume), diskName), unix.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if _, err := readHeader(f); err != nil {
+		return nil, err
+	}
+	b = make([]byte, viewClusterSize)
+	if _, err := f.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) { // a short file ends in zeroes
+		return nil, err
+	}
+	patchHeader(b, all[i], off, entries)
+	return b, nil
 }
 
 // ensureView makes the view v durable unless it exists. The caller holds the ID
@@ -264,13 +243,7 @@ func (p *Pool) removeView(e *entry, snapshot string) error {
 
 // writeView writes the view v into the new file name.
 func (p *Pool) writeView(ctx context.Context, v viewRef, name string) error {
-	source := path.Join(volumeDir(v.Volume), diskName)
-	f, err := p.dir.OpenFile(source, unix.O_RDONLY, 0)
-	if err != nil {
-		return err
-	}
-	header, err := snapshotHeader(f, v.Snapshot)
-	f.Close()
+	header, err := p.viewHeader(ctx, v)
 	if err != nil {
 		return fmt.Errorf("view of %s: %w", v.Volume, err)
 	}
@@ -288,7 +261,7 @@ func (p *Pool) writeView(ctx context.Context, v viewRef, name string) error {
 	// A whole cluster, written before the backing file is named: nothing is copied up.
 	_, err = im.WriteAt(header, 0)
 	if err == nil {
-		err = im.SetBacking(ctx, path.Join(p.path, source), "raw")
+		err = im.SetBacking(ctx, path.Join(p.path, volumeDir(v.Volume), diskName), "raw")
 	}
 	return errors.Join(err, im.Close())
 }
