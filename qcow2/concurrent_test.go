@@ -422,13 +422,11 @@ func TestConcurrentRequestKeepsItsCluster(t *testing.T) {
 				t.Fatal(err)
 			}
 			held, release := make(chan struct{}), make(chan struct{})
-			var once sync.Once
+			var first atomic.Bool // later requests may come there, and must not wait
 			d.SetHook(func(_ storagetest.Op, off int64) {
-				if off == e.HostOff {
-					once.Do(func() {
-						close(held)
-						<-release
-					})
+				if off == e.HostOff && first.CompareAndSwap(false, true) {
+					close(held)
+					<-release
 				}
 			})
 			done := make(chan error, 1)

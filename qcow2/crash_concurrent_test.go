@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"csi-qcow2/internal/storagetest"
@@ -168,4 +169,62 @@ func judgeConcurrent(t *testing.T, c crashConfig, s storagetest.State, histories
 		}
 	}
 	return nil
+}
+
+// TestPowerLossReuseWaitsForRemoval discards a cluster while a flush is under
+// way that no longer sees the discard: when the flush returns, the table in the
+// file still names the cluster, and it must not be another's (E3, E8).
+func TestPowerLossReuseWaitsForRemoval(t *testing.T) {
+	const cluster, size = 4096, 64 << 10
+	for _, punch := range []bool{false, true} {
+		c := crashConfig{name: "reuse", size: size, pass: punch, create: qcow2.CreateOptions{ClusterSize: cluster}}
+		d := newDisk(t, size, c.create)
+		im := openDisk(t, d, c.options(nil))
+		write := func(off int64) {
+			t.Helper()
+			if _, err := im.WriteAt(stamped(1, off, cluster, 0, 1), off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(0)
+		if err := im.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		l2 := get(t, d, get(t, d, 40, 8), 8) & 0x00fffffffffffe00
+		l := d.Record()
+		write(cluster) // the table is dirty
+		held, release := make(chan struct{}), make(chan struct{})
+		var first atomic.Bool // later requests may come there, and must not wait
+		d.SetHook(func(_ storagetest.Op, off int64) {
+			if off == l2 && first.CompareAndSwap(false, true) {
+				close(held)
+				<-release
+			}
+		})
+		done := make(chan error, 1)
+		go func() { done <- im.Flush() }() // ends when released
+		<-held
+		if err := im.Discard(0, cluster); err != nil {
+			t.Fatal(err)
+		}
+		close(release)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		for off := int64(2 * cluster); off < size; off += cluster {
+			write(off)
+		}
+		for s := range l.States(rand.New(rand.NewPCG(1, 1)), 8) {
+			after, err := qcow2.Open(t.Context(), s.Disk(), c.options(nil))
+			if err != nil {
+				t.Fatalf("power loss after event %d (%s): %v", s.At, s.What, err)
+			}
+			if err := wantStamps(readAll(t, after), 1, 0); err != nil {
+				t.Fatalf("power loss after event %d (%s): %v", s.At, s.What, err)
+			}
+			mustClose(t, after)
+		}
+		mustClose(t, im)
+		verifyDisk(t, d)
+	}
 }
