@@ -2,6 +2,7 @@ package volume
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -178,6 +179,36 @@ func TestCloneIsReadByQEMU(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestDirectIO: volumes that bypass the page cache, and clones between them and
+// others.
+func TestDirectIO(t *testing.T) {
+	p := newPool(t)
+	direct, err := ParseParams(map[string]string{"directIO": "true", "clusterSize": "4096"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ source, clone Params }{{direct, direct}, {direct, DefaultParams()}, {DefaultParams(), direct}} {
+		name := fmt.Sprintf("%+v", c)[:100]
+		v, err := p.Create(t.Context(), CreateRequest{Name: name, Size: SizeRange{Required: 8 << 20}, Params: c.source})
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, p, v.ID, 1000, 1, 3<<20)
+		clone, err := p.Create(t.Context(), CreateRequest{Name: "clone " + name, Params: c.clone, Source: Source{Volume: v.ID}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, p, v.ID, 1000, 2, 3<<20)
+		write(t, p, clone.ID, 5000, 3, 100)
+		wantBytes(t, p, clone.ID, 1000, 1, 4000)
+		wantBytes(t, p, clone.ID, 5000, 3, 100)
+		wantBytes(t, p, clone.ID, 5100, 1, 2<<20)
+		wantQEMU(t, imagePath(p, clone.ID), 1000, 1, 4000)
+		wantQEMU(t, imagePath(p, clone.ID), 5000, 3, 100)
+		remove(t, p, v.ID, clone.ID)
 	}
 }
 
