@@ -152,6 +152,7 @@ func (t *terms) validate(r *request, size int64) (syscall.Errno, string) {
 		}
 		outside = syscall.ENOSPC
 	case cmdWriteZeroes:
+		// A read-only export announces no change, and says EPERM below.
 		if t.flags&(FlagSendWriteZeroes|FlagReadOnly) == 0 {
 			return syscall.EINVAL, "not announced"
 		}

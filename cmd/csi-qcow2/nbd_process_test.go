@@ -34,6 +34,14 @@ type nbdProcess struct {
 	cmd    *exec.Cmd
 	out    bytes.Buffer // stdout and stderr; complete after ended
 	ended  chan struct{}
+	killed bool // by the test: it has not ended well
+}
+
+// kill ends the process as a crash would.
+func (p *nbdProcess) kill() {
+	p.killed = true
+	p.cmd.Process.Kill()
+	<-p.ended
 }
 
 // startNBD starts `csi-qcow2 nbd -k SOCKET args` and waits until it listens.
@@ -61,8 +69,10 @@ func startNBD(t *testing.T, args ...string) *nbdProcess {
 		close(p.ended)
 	}()
 	t.Cleanup(func() {
-		p.cmd.Process.Signal(syscall.SIGTERM)
-		p.waitEnd(0)
+		if !p.killed {
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			p.waitEnd(0)
+		}
 	})
 	p.until("it listens", func() bool { // the socket is there a moment before
 		conn, err := net.Dial("unix", p.socket)
