@@ -8,6 +8,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+	"k8s.io/klog/v2"
 
 	"csi-qcow2/volume"
 )
@@ -116,6 +117,7 @@ func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolum
 	if err != nil {
 		return nil, err
 	}
+	klog.FromContext(ctx).V(2).Info("volume exists", "volumeID", v.ID, "name", v.Name, "bytes", v.Size)
 	return &csi.CreateVolumeResponse{Volume: s.csiVolume(v)}, nil
 }
 
@@ -169,6 +171,7 @@ func (s controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolum
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return nil, err
 	}
+	klog.FromContext(ctx).V(2).Info("volume is deleted", "volumeID", req.GetVolumeId())
 	return &csi.DeleteVolumeResponse{}, nil
 }
 

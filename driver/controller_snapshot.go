@@ -38,6 +38,7 @@ func (s controllerServer) CreateSnapshot(ctx context.Context, req *csi.CreateSna
 	if err != nil {
 		return nil, err
 	}
+	klog.FromContext(ctx).V(2).Info("snapshot exists", "snapshotID", snap.ID, "volumeID", snap.Volume, "name", snap.Name)
 	return &csi.CreateSnapshotResponse{Snapshot: csiSnapshot(snap)}, nil
 }
 
@@ -87,6 +88,7 @@ func (s controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSna
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return nil, err
 	}
+	klog.FromContext(ctx).V(2).Info("snapshot is deleted", "snapshotID", req.GetSnapshotId())
 	return &csi.DeleteSnapshotResponse{}, nil
 }
 

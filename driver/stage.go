@@ -107,7 +107,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(attached); err != nil {
 		return nil, d.undone(ctx, attached, err)
 	}
-	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind())
+	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind(), "generation", want.Generation)
 	return attached, nil
 }
 
@@ -265,6 +265,7 @@ func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error 
 		}
 		errs = []error{d.cleanStaleOf(ctx, v.hint.Volume)}
 	}
+	klog.FromContext(ctx).V(2).Info("detached", "volumeID", v.hint.Volume, "device", v.hint.Device, "lost", lost)
 	return errors.Join(append(errs, d.forget(v.hint.Volume))...)
 }
 
