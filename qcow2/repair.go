@@ -16,9 +16,9 @@ import (
 //  3. refcounts: in place, or, where the structure itself is damaged, a new
 //     refcount table with new blocks, and then the 12 bytes of the header that
 //     switch to it;
-//  4. COPIED flags, which must agree with the refcounts on disk;
-//  5. the snapshot table, if entries of it are incomplete: a new one, and then
-//     the 12 bytes of the header that switch to it;
+//  4. the snapshot table, if entries of it are incomplete: a new one, the 12
+//     bytes of the header that switch to it, and the refcounts of the old one;
+//  5. COPIED flags, which must agree with the refcounts on disk;
 //  6. the dirty and the corrupt bit are cleared, if nothing is wrong any more.
 //
 // Leaks are lowered after the references are known to be absent from the
@@ -49,13 +49,13 @@ func (c *checker) repair() error {
 	if err := c.repairRefcounts(); err != nil {
 		return err
 	}
+	if err := c.repairSnapshotTable(); err != nil {
+		return err
+	}
 	if err := c.checkCopied(); err != nil {
 		return err
 	}
-	if err := c.f.Datasync(); err != nil {
-		return err
-	}
-	return c.repairSnapshotTable()
+	return c.f.Datasync()
 }
 
 // setDirty makes the dirty bit durable, if the image can have one.
