@@ -86,15 +86,16 @@ func repairAgrees(t *testing.T, ours, theirs string, overlap bool) {
 }
 
 // repairHolds repairs the image at path and reports whether it is clean then.
-// If so, QEMU agrees, the image reads as before, and a second repair does
-// nothing; if not, the repair has said so.
+// If so, QEMU agrees, the image reads as before, and a second repair finds
+// nothing to do; if not, the repair has said so.
 func repairHolds(t *testing.T, path string) (clean bool) {
 	t.Helper()
 	before, readable := content(t, path)
 	first, found, err := checkPath(t, path, qcow2.CheckOptions{RepairAll: true})
 	got, _, err2 := checkPath(t, path, qcow2.CheckOptions{})
 	clean = err2 == nil && got.Clean()
-	if success := err == nil && first.Clean(); success != clean {
+	// The other way round is legal: what one pass leaves can be gone for the next.
+	if success := err == nil && first.Clean(); success && !clean {
 		t.Errorf("the repair ends with %+v, %v; the image is %+v, %v", first, err, got, err2)
 	}
 	if !clean {
