@@ -87,12 +87,17 @@ func openBacking(dir string, c *cache.Cache) qcow2.BackingOpener {
 	}
 }
 
-// createFile makes an image at path.
-func createFile(t testing.TB, path string, size int64, o qcow2.CreateOptions) {
+func createEmpty(t testing.TB, path string) {
 	t.Helper()
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// createFile makes an image at path.
+func createFile(t testing.TB, path string, size int64, o qcow2.CreateOptions) {
+	t.Helper()
+	createEmpty(t, path)
 	f, err := qcow2.OpenFile(path, qcow2.FileOptions{})
 	if err != nil {
 		t.Fatal(err)
