@@ -1,6 +1,9 @@
 package qcow2
 
-import "context"
+import (
+	"context"
+	"math"
+)
 
 // SparseStatus is BlockStatus, but data that is a hole in its host file, as in
 // an image with preallocated metadata, counts as zero too. It costs a look
@@ -25,12 +28,12 @@ func (im *Image) SparseStatus(ctx context.Context, off, n int64) (Extent, error)
 		level = next
 	}
 	f, ok := level.f.(interface {
-		NextData(off, end int64) (start, stop int64, err error)
+		MaybeData(off, end int64) (start, stop int64, err error)
 	})
 	if !ok {
 		return ext, nil
 	}
-	start, stop, err := f.NextData(ext.HostOff, ext.HostOff+ext.Len)
+	start, stop, err := f.MaybeData(ext.HostOff, ext.HostOff+ext.Len)
 	if err != nil {
 		return Extent{}, err
 	}
@@ -40,4 +43,22 @@ func (im *Image) SparseStatus(ctx context.Context, off, n int64) (Extent, error)
 		ext.Len = stop - ext.HostOff
 	}
 	return ext, nil
+}
+
+// A dataRange is a range [start, stop) of a host file.
+type dataRange struct{ start, stop int64 }
+
+// MaybeData is NextData, but may say data of what was data when it last looked.
+// Some file systems, tmpfs among them, walk all pages up to the next hole: of a
+// file without holes each look would cost its whole length.
+func (f *OSFile) MaybeData(off, end int64) (start, stop int64, err error) {
+	if known := f.known.Load(); known != nil && known.start <= off && off < known.stop {
+		return off, min(known.stop, end), nil
+	}
+	start, stop, err = f.NextData(off, math.MaxInt64)
+	if err != nil {
+		return 0, 0, err
+	}
+	f.known.Store(&dataRange{start, stop})
+	return min(start, end), min(stop, end), nil
 }

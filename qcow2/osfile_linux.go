@@ -41,6 +41,8 @@ type OSFile struct {
 	f    *os.File
 	name string
 
+	known atomic.Pointer[dataRange] // the range of data that MaybeData found last
+
 	direct     bool
 	memAlign   uintptr      // of the memory of a direct request
 	blockAlign int64        // of offset and length of a direct request
