@@ -14,12 +14,24 @@ import (
 	"csi-qcow2/nbdexport/nbdtest"
 )
 
+// nbdBinaryDir is where nbdBinary has put the command, or "".
+var nbdBinaryDir string
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if nbdBinaryDir != "" {
+		os.RemoveAll(nbdBinaryDir)
+	}
+	os.Exit(code)
+}
+
 // nbdBinary builds the command once for all tests that run it as a process.
 var nbdBinary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "csi-qcow2-test")
 	if err != nil {
 		return "", err
 	}
+	nbdBinaryDir = dir
 	path := filepath.Join(dir, "csi-qcow2")
 	cmd := exec.Command("go", "build", "-o", path, ".")
 	cmd.Stderr = os.Stderr
