@@ -49,10 +49,12 @@ away what it made.`,
 			if o.Source == "" {
 				o.Source = goSource()
 			}
-			// Also a terminal that is closed, or a reader of the output that ends,
+			// Also a terminal that is closed, or a reader of the output that goes,
 			// must not leave mounts behind.
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP, unix.SIGPIPE)
+			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGHUP)
 			defer stop()
+			signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // which would end the process at once
+			o.Out = &watchedOutput{o.Out, stop}
 			return demo.Run(ctx, o)
 		},
 	}
@@ -63,6 +65,20 @@ away what it made.`,
 	flags.StringVar(&o.Device, "device", "auto", "how volumes become block devices: nbd, fuse or auto")
 	flags.StringVar(&o.Source, "source", "", "`directory` whose files are stored (default Go's standard library, or else the demo's own source)")
 	return cmd
+}
+
+// A watchedOutput ends the run when it cannot be written any more.
+type watchedOutput struct {
+	io.Writer
+	end func()
+}
+
+func (w *watchedOutput) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	if err != nil {
+		w.end()
+	}
+	return n, err
 }
 
 // goSource returns the directory of the Go standard library's source, or "".
