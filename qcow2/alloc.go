@@ -271,7 +271,7 @@ func (im *Image) reserveTail(n int64) (hostCluster, error) {
 		first := a.tail
 		a.tail += hostCluster(n)
 		a.mu.Unlock()
-		if uint64(first)+uint64(n) > uint64(maxHostOffset>>g.clusterBits) {
+		if first+hostCluster(n) > g.hostCluster(maxHostOffset) {
 			return 0, fmt.Errorf("%w: the image file would pass %d bytes", ErrTooLarge, uint64(maxHostOffset))
 		}
 		used := false
