@@ -43,7 +43,8 @@ func TestSparseStatus(t *testing.T) {
 			}
 			off = e.End()
 		}
-		if data != 1<<20 || calls > 8 {
+		// A step of data may begin shortly before a hole.
+		if data < 1<<20 || data > 3<<20 || calls > 8 {
 			t.Errorf("depth %d: %d bytes of data in %d calls, want %d in a few", depth, data, calls, 1<<20)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -40,8 +41,6 @@ type OSFile struct {
 	fd   atomic.Int64 // -1 after Close
 	f    *os.File
 	name string
-
-	known atomic.Pointer[dataRange] // the range of data that MaybeData found last
 
 	direct     bool
 	memAlign   uintptr      // of the memory of a direct request
@@ -410,23 +409,28 @@ func (f *OSFile) fallocate(mode uint32, off, n int64) error {
 // for: [start, stop). When there is none, start and stop are end. A host that
 // cannot tell says that everything is data.
 func (f *OSFile) NextData(off, end int64) (start, stop int64, err error) {
-	fd := int(f.fd.Load())
-	start, err = unix.Seek(fd, off, unix.SEEK_DATA)
-	switch {
-	case err == unix.ENXIO:
-		return end, end, nil
-	case err == unix.EINVAL:
-		return off, end, nil
-	case err != nil:
-		return 0, 0, f.wrap("seek", err)
-	case start >= end:
-		return end, end, nil
+	start, err = f.DataAfter(off)
+	if err != nil || start >= end {
+		return end, end, err
 	}
-	stop, err = unix.Seek(fd, start, unix.SEEK_HOLE)
-	if err != nil {
-		return 0, 0, f.wrap("seek", err)
+	stop, err = unix.Seek(int(f.fd.Load()), start, unix.SEEK_HOLE)
+	if err == unix.EINVAL {
+		return start, end, nil
 	}
-	return start, min(stop, end), nil
+	return start, min(stop, end), f.wrap("seek", err)
+}
+
+// DataAfter returns the first offset from off on that the host stores data
+// for, or math.MaxInt64. A host that cannot tell says off.
+func (f *OSFile) DataAfter(off int64) (int64, error) {
+	start, err := unix.Seek(int(f.fd.Load()), off, unix.SEEK_DATA)
+	switch err {
+	case unix.ENXIO:
+		return math.MaxInt64, nil
+	case unix.EINVAL:
+		return off, nil
+	}
+	return start, f.wrap("seek", err)
 }
 
 // wrap adds the operation and the path to err; nil stays nil.

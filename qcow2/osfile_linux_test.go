@@ -220,34 +220,6 @@ func TestOSFileNextData(t *testing.T) {
 	}
 }
 
-func TestOSFileMaybeData(t *testing.T) {
-	f := newOSFile(t, filepath.Join(t.TempDir(), "f"), FileOptions{})
-	if err := f.Truncate(1 << 20); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt(make([]byte, 65536), 131072); err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct{ off, end, start, stop int64 }{
-		{0, 65536, 65536, 65536},
-		{0, 140000, 131072, 140000},
-		{135168, 1 << 20, 135168, 196608},
-		{196608, 200704, 200704, 200704},
-	} {
-		start, stop, err := f.MaybeData(tt.off, tt.end)
-		if err != nil || start != tt.start || stop != tt.stop {
-			t.Errorf("MaybeData(%d, %d) = %d, %d, %v; want %d, %d", tt.off, tt.end, start, stop, err, tt.start, tt.stop)
-		}
-	}
-	// What became data since is found, whatever is remembered.
-	if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
-		t.Fatal(err)
-	}
-	if start, stop, err := f.MaybeData(0, 65536); err != nil || start != 0 || stop != 4096 {
-		t.Errorf("MaybeData of new data = %d, %d, %v", start, stop, err)
-	}
-}
-
 func TestOpenFileRefuses(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
