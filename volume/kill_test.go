@@ -192,7 +192,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		}},
 	} {
 		t.Run(op.name, func(t *testing.T) {
-			base := t.TempDir()
+			base := memoryDir(t)
 			live, template := filepath.Join(base, "pool"), filepath.Join(base, "template")
 			if err := os.Mkdir(live, 0o700); err != nil {
 				t.Fatal(err)

@@ -185,7 +185,7 @@ func TestCloneIsReadByQEMU(t *testing.T) {
 // TestDirectIO: volumes that bypass the page cache, and clones between them and
 // others.
 func TestDirectIO(t *testing.T) {
-	p := newPool(t)
+	p := newPoolIn(t, t.TempDir())
 	direct, err := ParseParams(map[string]string{"directIO": "true", "clusterSize": "4096"})
 	if err != nil {
 		t.Fatal(err)
