@@ -17,7 +17,7 @@ import (
 )
 
 var (
-	crashStates = flag.Int("crash", 4000, "after-crash states that TestPowerLoss checks")
+	crashStates = flag.Int("crash", scaled(4000), "after-crash states that TestPowerLoss checks")
 	crashQEMU   = flag.Int("crash-qemu", 100, "how many of them QEMU judges, too")
 )
 

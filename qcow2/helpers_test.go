@@ -23,6 +23,15 @@ import (
 // seedFlag replays a random test; each prints its seed when it fails.
 var seedFlag = flag.Uint64("seed", 0, "seed of random tests, 0 for a random one")
 
+// scaled returns how much of n a run does by default: less with the race
+// detector, which is several times slower and looks for something else.
+func scaled(n int) int {
+	if raceEnabled {
+		return n / 4
+	}
+	return n
+}
+
 // newRand returns a random source whose seed is printed when the test fails.
 func newRand(t testing.TB) *rand.Rand {
 	t.Helper()

@@ -14,7 +14,7 @@ import (
 	"csi-qcow2/qcow2"
 )
 
-var interopRounds = flag.Int("interop", 26, "images that the interop tests share with QEMU")
+var interopRounds = flag.Int("interop", scaled(26), "images that the interop tests share with QEMU")
 
 // A shared is an image that this package and QEMU write in turn, and what must
 // be in it.

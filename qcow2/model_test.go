@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	modelLists = flag.Int("model", 60, "number of operation lists of TestModel")
+	modelLists = flag.Int("model", scaled(60), "number of operation lists of TestModel")
 	modelOps   = flag.Int("model-ops", 120, "operations in each list of TestModel")
 	opsFlag    = flag.String("ops", "", "file with an operation list that TestModelReplay runs")
 )
