@@ -56,6 +56,10 @@ func (im *Image) failed() error {
 	return nil
 }
 
+// Failed returns why the image is failed, matching ErrFailed, or nil: a write or
+// sync of metadata went wrong, and the image must be closed, reopened and verified.
+func (im *Image) Failed() error { return im.failed() }
+
 // writable returns nil if the image can be changed.
 func (im *Image) writable() error {
 	switch {

@@ -15,8 +15,8 @@ func (p *Pool) IDs() []string {
 
 // Health returns what is known to be wrong with the volume id, nil for
 // nothing: a record that does not decode, an image that could not be opened,
-// checked or closed, waste that could not be removed. It does no I/O. Errors:
-// ErrNotFound.
+// checked or closed, one that is open and failed, waste that could not be
+// removed. It does no I/O. Errors: ErrNotFound.
 func (p *Pool) Health(id string) (problem, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -31,5 +31,11 @@ func (p *Pool) problemLocked(e *entry) error {
 	if e.rec == nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, e.damage)
 	}
-	return p.failures[e.id]
+	if err := p.failures[e.id]; err != nil {
+		return err
+	}
+	if im, ok := p.images.peek(e.id); ok {
+		return im.Failed()
+	}
+	return nil
 }

@@ -115,6 +115,23 @@ func (s *shared[K, V]) release(k K) error {
 	return err
 }
 
+// peek returns the value of k if it is open, without a hold on it.
+func (s *shared[K, V]) peek(k K) (V, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var none V
+	item := s.items[k]
+	if item == nil || item.closed != nil {
+		return none, false
+	}
+	select {
+	case <-item.ready:
+		return item.value, item.err == nil
+	default:
+		return none, false
+	}
+}
+
 // inUse reports whether k is open, opening or closing.
 func (s *shared[K, V]) inUse(k K) bool {
 	s.mu.Lock()
