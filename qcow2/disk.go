@@ -41,7 +41,7 @@ type Extent struct {
 	Zero       bool // it reads as zeroes
 	Compressed bool
 	Depth      int    // level of the chain that holds it: 0 is this image, 1 its backing file, …
-	HostOff    int64  // host offset of Off when Data and not Compressed; else -1
+	HostOff    int64  // host offset of Off where a cluster of its own is kept for it, zero clusters included; else -1
 	File       string // name of the host file of HostOff, "" if unknown
 }
 
