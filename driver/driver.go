@@ -151,17 +151,13 @@ func change[T any](ctx context.Context, d *Driver, id string, fn func(context.Co
 	if !ok {
 		return none, fmt.Errorf("%w on %s", volume.ErrBusy, id)
 	}
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
+	done := make(chan outcome[T], 1)
 	d.work.Add(1)
 	go func() { // ends when fn does; Drain waits for it
 		defer d.work.Done()
 		r := guard(context.WithoutCancel(ctx), fn)
 		unlock()
-		done <- result{r.value, r.err}
+		done <- r
 	}()
 	select {
 	case r := <-done:

@@ -20,10 +20,7 @@ const maxSocketPath = 107
 // ParseEndpoint returns the socket path of an endpoint: unix:///path,
 // unix://path or /path, absolute.
 func ParseEndpoint(endpoint string) (string, error) {
-	path := strings.TrimPrefix(endpoint, "unix:")
-	if strings.HasPrefix(path, "//") {
-		path = path[2:]
-	}
+	path := strings.TrimPrefix(strings.TrimPrefix(endpoint, "unix:"), "//")
 	switch {
 	case !filepath.IsAbs(path):
 		return "", fmt.Errorf("endpoint %q: want unix:// and an absolute path", endpoint)

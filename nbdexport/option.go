@@ -61,8 +61,6 @@ func appendOptionReply(b []byte, o option, r optionReply, data []byte) []byte {
 	return append(b, data...)
 }
 
-const optionReplySize = 20 // bytes
-
 // An infoRequest is the data of INFO and GO.
 //
 //	Offset  Size  Field  Meaning

@@ -102,13 +102,3 @@ func socketpair(t testing.TB) (server, client net.Conn) {
 	t.Cleanup(func() { conns[0].Close(); conns[1].Close() })
 	return conns[0], conns[1]
 }
-
-// eventually waits until ok returns true.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("still not so after 20 s: %s", what)
-		}
-	}
-}

@@ -38,7 +38,7 @@ var crashConfigs = []crashConfig{
 
 // figures counts what the crash tests saw.
 type figures struct {
-	states, distinct, dirty, leaky, qemu, nested int
+	states, dirty, leaky, qemu, nested int
 }
 
 // A crashRun checks after-crash states of one history after another.

@@ -26,7 +26,6 @@ type shared struct {
 	c     config
 	bytes []byte
 	snaps []modelSnapshot
-	turn  int
 }
 
 // newShared makes an image on a backing chain; QEMU or we create it.

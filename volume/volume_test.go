@@ -195,14 +195,14 @@ func TestOpenLocksOutOthers(t *testing.T) {
 	v := create(t, p, "v", Source{})
 	image := filepath.Join(p.Path(), volumeDir(v.ID), diskName)
 	d := open(t, p, v.ID)
-	other, err := qcow2.OpenFile(image, qcow2.FileOptions{Lock: qcow2.LockWrite})
-	if !errors.Is(err, qcow2.ErrLocked) {
+	if _, err := qcow2.OpenFile(image, qcow2.FileOptions{Lock: qcow2.LockWrite}); !errors.Is(err, qcow2.ErrLocked) {
 		t.Fatalf("second writer: %v", err)
 	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if other, err = qcow2.OpenFile(image, qcow2.FileOptions{Lock: qcow2.LockWrite}); err != nil {
+	other, err := qcow2.OpenFile(image, qcow2.FileOptions{Lock: qcow2.LockWrite})
+	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := p.Open(t.Context(), v.ID); !errors.Is(err, qcow2.ErrLocked) {

@@ -45,7 +45,7 @@ func (p *poolFlags) Set(s string) error {
 	case !ok || !filepath.IsAbs(dir):
 		return fmt.Errorf("want NAME=DIR with an absolute path")
 	case !poolName.MatchString(name):
-		return fmt.Errorf("pool name %q: want at most 63 of a-z, 0-9, - and .", name)
+		return fmt.Errorf("pool name %q: want at most 63 letters a-z, digits, dots and hyphens", name)
 	}
 	for _, other := range *p {
 		if other.name == name {
