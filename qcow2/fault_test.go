@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"slices"
 	"syscall"
@@ -308,6 +309,8 @@ func (r *faultRun) verify() error {
 	return im.Flush()
 }
 
+var faultsAll = flag.Bool("faults-all", false, "try every cause at every operation in TestFaultAtEveryOperation")
+
 // TestFaultAtEveryOperation fails the n-th read, write, sync, truncate or punch
 // of the host file, for every n, once and for good.
 func TestFaultAtEveryOperation(t *testing.T) {
@@ -316,9 +319,9 @@ func TestFaultAtEveryOperation(t *testing.T) {
 		{name: "512", size: 32 << 10, create: qcow2.CreateOptions{ClusterSize: 512}},
 		{name: "4k-lazy-punch", size: 128 << 10, pass: true, create: qcow2.CreateOptions{ClusterSize: 4096, LazyRefcounts: true}},
 		{name: "4k-backing", size: 128 << 10, backing: true, create: qcow2.CreateOptions{ClusterSize: 4096, BackingFile: "base", BackingFormat: "raw"}},
+		{name: "1k-refcount64-punch", size: 64 << 10, pass: true, create: qcow2.CreateOptions{ClusterSize: 1024, RefcountBits: 64}},
 	}
 	kinds := []storagetest.Op{storagetest.OpRead, storagetest.OpWrites, storagetest.OpSync, storagetest.OpTruncate, storagetest.OpPunch | storagetest.OpAllocate}
-	causes := []error{syscall.EIO, syscall.ENOSPC, syscall.EINTR, syscall.ESTALE}
 	for _, c := range configs {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -327,24 +330,46 @@ func TestFaultAtEveryOperation(t *testing.T) {
 			for _, kind := range kinds {
 				for _, sticky := range []bool{false, true} {
 					for n := 1; ; n++ {
-						f := &storagetest.Fault{Ops: kind, N: n, Err: causes[n%len(causes)], Sticky: sticky, Short: n%2 == 0, Drop: n%2 == 0}
-						hits, seen := faultOnce(t, c, mc, f)
+						hits := 0
+						for _, f := range faultsAt(kind, n, sticky) {
+							h, seen := faultOnce(t, c, mc, f)
+							hits += h
+							if seen {
+								surfaced++
+							}
+						}
 						if hits == 0 {
 							break
 						}
 						injected += hits
-						if seen {
-							surfaced++
-						}
 					}
 				}
 			}
 			if injected == 0 {
 				t.Error("no fault was injected")
 			}
-			t.Logf("%d faults injected, %d runs saw them", injected, surfaced)
+			if !t.Failed() {
+				t.Logf("%s: %d faults injected, %d runs saw them, all that had to", c.name, injected, surfaced)
+			}
 		})
 	}
+}
+
+// faultsAt returns the faults to try at operation n: one, whose cause changes
+// with n, or with -faults-all every cause, with and without a short write or
+// a sync that drops what it had to write.
+func faultsAt(kind storagetest.Op, n int, sticky bool) []*storagetest.Fault {
+	causes := []error{syscall.EIO, syscall.ENOSPC, syscall.EINTR, syscall.ESTALE}
+	if !*faultsAll {
+		return []*storagetest.Fault{{Ops: kind, N: n, Err: causes[n%len(causes)], Sticky: sticky, Short: n%2 == 0, Drop: n%2 == 0}}
+	}
+	var faults []*storagetest.Fault
+	for _, cause := range causes {
+		for _, partial := range []bool{false, true} {
+			faults = append(faults, &storagetest.Fault{Ops: kind, N: n, Err: cause, Sticky: sticky, Short: partial, Drop: partial})
+		}
+	}
+	return faults
 }
 
 // faultOnce runs the operations with one fault and returns how often it hit.
