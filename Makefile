@@ -55,8 +55,13 @@ test-demo: ## the demo, and the demo interrupted at many points (part of test)
 	@hack/deps.sh demo test
 	@hack/test.sh demo
 
+.PHONY: test-crash
+test-crash: ## power losses, kills and faults, N=20000 states each (part of test)
+	@hack/deps.sh demo test
+	@N='$(N)' hack/test.sh crash
+
 .PHONY: test-sabotage
-test-sabotage: ## break one rule of the code at a time: the tests must notice
+test-sabotage: ## break one rule of the code at a time: the tests must notice (part of test)
 	@hack/deps.sh demo test
 	@hack/test.sh sabotage
 

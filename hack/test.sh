@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 parts=("$@")
-((${#parts[@]})) || parts=(lint unit sanity kernel demo manifests)
+((${#parts[@]})) || parts=(lint unit crash sabotage sanity kernel demo manifests)
 
 # Packages with a part of their own: they need a device, a machine, or long.
 apart='/(test/.*|internal/demo)$'
@@ -31,7 +31,20 @@ unit() {
 	go test -race -timeout 20m $(grep -Ev "$apart" <<<"$packages")
 }
 
-sabotage() { go test -count=1 -timeout 20m -tags sabotage ./test/sabotage; }
+# crash enumerates what a power loss or a kill can leave, and fails every
+# operation in every way: N states each (20000), a tenth of them judged by qemu-img.
+crash() {
+	local n=${N:-20000}
+	go test -count=1 -timeout 6h -v ./qcow2 \
+		-run '^(TestPowerLoss|TestKilledAnywhere|TestFaultAtEveryOperation)$' \
+		-crash "$n" -crash-qemu $((n / 10)) -kill "$n" -faults-all |
+		grep -Ev '^=== (RUN|PAUSE|CONT|NAME)'
+}
+
+sabotage() {
+	go test -count=1 -timeout 30m -tags sabotage -parallel 2 -v ./test/sabotage |
+		grep -Ev '^=== (RUN|PAUSE|CONT|NAME)'
+}
 
 sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
 

@@ -18,8 +18,11 @@ type stallingFile struct {
 	resume  chan struct{} // closed to let it go on
 }
 
-// syncOff stands for a Datasync.
-const syncOff = -2
+// Offsets that stand for a Datasync and for a Punch anywhere.
+const (
+	syncOff  = -2
+	punchOff = -3
+)
 
 func (f *stallingFile) stallAt(off int64) {
 	f.mu.Lock()
@@ -54,6 +57,11 @@ func (f *stallingFile) WriteAt(p []byte, off int64) (int, error) {
 func (f *stallingFile) Datasync() error {
 	f.pass(syncOff)
 	return f.Disk.Datasync()
+}
+
+func (f *stallingFile) Punch(off, n int64) error {
+	f.pass(punchOff)
+	return f.Disk.Punch(off, n)
 }
 
 const stallCluster = 4096
@@ -183,6 +191,38 @@ func TestFreedClusterWaitsForItsPass(t *testing.T) {
 		}
 		if ext.HostOff == host {
 			t.Fatalf("host cluster %#x is in use again, but the file may still map address 0 to it", host)
+		}
+	}
+}
+
+// A cluster cannot be allocated while it is being punched: the punch would take
+// what is written there (E8).
+func TestFreedClusterIsPunchedFirst(t *testing.T) {
+	f, im, _ := newStalling(t)
+	if err := im.Discard(0, stallCluster); err != nil {
+		t.Fatal(err)
+	}
+	f.stallAt(punchOff)
+	done := make(chan error)
+	go func() { done <- im.Flush() }()
+	<-f.stalled
+	want := bytes.Repeat([]byte{'x'}, stallCluster)
+	for i := int64(1); i < 40; i++ {
+		if _, err := im.WriteAt(want, i*stallCluster); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(f.resume)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, stallCluster)
+	for i := int64(1); i < 40; i++ {
+		if _, err := im.ReadAt(got, i*stallCluster); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("cluster %d holds %q…, want %q…", i, got[:8], want[:8])
 		}
 	}
 }

@@ -180,7 +180,7 @@ var mutants = []mutant{
 		file: "qcow2/quarantine.go",
 		old:  "			_ = im.f.Punch(int64(g.hostOffset(item.first)), n*g.clusterSize)",
 		new:  "			defer im.f.Punch(int64(g.hostOffset(item.first)), n*g.clusterSize)",
-		pkg:  "qcow2", run: concurrent + "|" + model,
+		pkg:  "qcow2", run: "FreedCluster",
 	},
 	{
 		name: "a short write of the host is taken for a whole one",
