@@ -166,6 +166,10 @@ func (im *Image) trimFile() error {
 	return im.f.Datasync()
 }
 
+// CacheStats returns what the metadata cache did for this image since it was
+// opened: hits, misses, evictions, dirty tables.
+func (im *Image) CacheStats() cache.Stats { return im.handle.Stats() }
+
 // Size implements Disk.
 func (im *Image) Size() int64 { return im.size.Load() }
 

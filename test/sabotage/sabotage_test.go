@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -23,16 +24,18 @@ func TestMutantsAreCaught(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var tried atomic.Int64
 	t.Run("mutants", func(t *testing.T) {
 		for _, m := range mutants {
 			t.Run(m.name, func(t *testing.T) {
 				t.Parallel()
+				tried.Add(1)
 				m.test(t, root)
 			})
 		}
 	})
 	if !t.Failed() {
-		t.Logf("sabotage: %d mutants, all caught", len(mutants))
+		t.Logf("sabotage: %d mutants, all caught", tried.Load())
 	}
 }
 
