@@ -3,19 +3,24 @@ package volume
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"strconv"
 	"testing"
+	"time"
 
 	"csi-qcow2/cache"
 	"csi-qcow2/internal/qemutest"
 )
 
-// victimDir is set in the process that TestRecoverAfterKill kills.
-const victimDir = "CSI_QCOW2_TEST_VICTIM"
+// victimDir and victimVolumes are set in the process that TestRecoverAfterKill kills.
+const (
+	victimDir     = "CSI_QCOW2_TEST_VICTIM"
+	victimVolumes = "CSI_QCOW2_TEST_VICTIM_VOLUMES"
+)
 
 func recoverPaths(dir string) (pool, arena string) {
 	return filepath.Join(dir, "pool"), filepath.Join(dir, "arena")
@@ -23,7 +28,10 @@ func recoverPaths(dir string) (pool, arena string) {
 
 func recoverData() []byte { return bytes.Repeat([]byte("acknowledged"), 1<<16) }
 
-const recoverOff = 12345
+const (
+	recoverOff   = 12345
+	recoverCache = 64 << 20
+)
 
 // TestRecoverVictim is not a test of its own: it is the process that is killed.
 func TestRecoverVictim(t *testing.T) {
@@ -32,7 +40,11 @@ func TestRecoverVictim(t *testing.T) {
 		return
 	}
 	poolDir, arena := recoverPaths(dir)
-	tables, err := cache.New(cache.Options{Bytes: 1 << 20, Path: arena})
+	volumes, err := strconv.Atoi(os.Getenv(victimVolumes))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := cache.New(cache.Options{Bytes: recoverCache, Path: arena})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,31 +52,39 @@ func TestRecoverVictim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v, err := pool.Create(t.Context(), CreateRequest{Name: "pvc-1", Size: SizeRange{Required: 64 << 20}})
-	if err != nil {
-		t.Fatal(err)
+	for i := range volumes {
+		v, err := pool.Create(t.Context(), CreateRequest{Name: fmt.Sprint("pvc-", i), Size: SizeRange{Required: 64 << 20}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := pool.Open(t.Context(), v.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Image.WriteAt(recoverData(), recoverOff); err != nil {
+			t.Fatal(err)
+		}
 	}
-	d, err := pool.Open(t.Context(), v.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := d.Image.WriteAt(recoverData(), recoverOff); err != nil {
-		t.Fatal(err)
-	}
-	fmt.Printf("ready %s\n", v.ID)
+	fmt.Println("ready")
 	select {} // until it is killed
 }
 
 // What a killed process wrote and never flushed is there for the next one: the
-// data in the image file, the tables in the arena. Recover brings them together (P1).
+// data in the image files, the tables in the arena. Recover brings them together (P1).
 func TestRecoverAfterKill(t *testing.T) {
-	dir := t.TempDir()
+	for _, volumes := range []int{1, 100} {
+		t.Run(fmt.Sprint(volumes, " volumes"), func(t *testing.T) { recoverAfterKill(t, volumes) })
+	}
+}
+
+func recoverAfterKill(t *testing.T, volumes int) {
+	dir := memoryDir(t)
 	poolDir, arena := recoverPaths(dir)
 	if err := os.Mkdir(poolDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	victim := exec.Command(os.Args[0], "-test.run=^TestRecoverVictim$")
-	victim.Env = append(os.Environ(), victimDir+"="+dir)
+	victim.Env = append(os.Environ(), victimDir+"="+dir, fmt.Sprint(victimVolumes, "=", volumes))
 	victim.Stderr = os.Stderr
 	out, err := victim.StdoutPipe()
 	if err != nil {
@@ -78,48 +98,52 @@ func TestRecoverAfterKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = victim.Wait() // its error is the signal
-	id, ok := strings.CutPrefix(strings.TrimSpace(line), "ready ")
-	if err != nil || !ok {
+	if err != nil || line != "ready\n" {
 		t.Fatalf("the victim said %q: %v", line, err)
 	}
-	if st, err := os.Stat(filepath.Join(poolDir, volumeDir(id), diskName)); err != nil || st.Size() == 0 {
-		t.Fatalf("the victim's image: %v", err)
-	}
 
-	tables, err := cache.New(cache.Options{Bytes: 1 << 20, Path: arena})
+	begin := time.Now()
+	tables, err := cache.New(cache.Options{Bytes: recoverCache, Path: arena})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := len(tables.Unclaimed()); n != 1 {
-		t.Fatalf("%d images wait in the arena, want 1", n)
+	if n := len(tables.Unclaimed()); n != volumes {
+		t.Fatalf("%d images wait in the arena, want %d", n, volumes)
 	}
 	next, err := Open(t.Context(), poolDir, Options{Cache: tables})
 	if err != nil {
 		t.Fatal(err)
 	}
 	next.Recover(t.Context())
+	t.Logf("takeover of %d open images: %v", volumes, time.Since(begin).Round(time.Millisecond))
 	if u := tables.Unclaimed(); len(u) != 0 {
 		t.Errorf("after Recover: %v", u)
 	}
-	qemutest.Check(t, filepath.Join(poolDir, volumeDir(id), diskName))
-	d, err := next.Open(t.Context(), id)
-	if err != nil {
-		t.Fatal(err)
+	ids := next.IDs()
+	if len(ids) != volumes {
+		t.Errorf("%d volumes, want %d", len(ids), volumes)
 	}
-	got := make([]byte, len(recoverData()))
-	if _, err := d.Image.ReadAt(got, recoverOff); err != nil {
-		t.Fatal(err)
+	for _, id := range ids {
+		if problem, err := next.Health(id); problem != nil || err != nil {
+			t.Errorf("volume %s: %v, %v", id, problem, err)
+		}
+		d, err := next.Open(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(recoverData()))
+		if _, err := d.Image.ReadAt(got, recoverOff); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, recoverData()) {
+			t.Errorf("volume %s: an acknowledged write is lost", id)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if !bytes.Equal(got, recoverData()) {
-		t.Error("an acknowledged write is lost")
-	}
-	if err := d.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := next.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := tables.Close(); err != nil {
+	qemutest.Check(t, filepath.Join(poolDir, volumeDir(ids[0]), diskName))
+	if err := errors.Join(next.Close(), tables.Close()); err != nil {
 		t.Fatal(err)
 	}
 }
