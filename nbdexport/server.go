@@ -101,7 +101,8 @@ func (s *Server) list() []*Export {
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() }) // ends Accept; its error says so
 	defer stop()
-	ctx, cancel := context.WithCancel(ctx)
+	// Whether ctx ended is asked of ctx, not of a child: a child may learn of it after l is closed.
+	connCtx, cancel := context.WithCancel(ctx)
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	defer cancel()
@@ -137,7 +138,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		conns.Add(1)
 		go func() { // ends with the connection, which ends with ctx
 			defer conns.Done()
-			s.ServeConn(ctx, nc)
+			s.ServeConn(connCtx, nc)
 			if slots != nil {
 				<-slots
 			}

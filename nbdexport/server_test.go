@@ -86,6 +86,50 @@ func TestServeEndsWithItsListener(t *testing.T) {
 	}
 }
 
+// firstOnly is a context that ends for the first who asked to be called, and
+// for its own Err, while its children have yet to learn of it.
+type firstOnly struct {
+	context.Context
+	done  chan struct{}
+	first func()
+}
+
+func (c *firstOnly) Done() <-chan struct{} { return c.done }
+
+func (c *firstOnly) Err() error {
+	select {
+	case <-c.done:
+		return context.Canceled
+	default:
+		return nil
+	}
+}
+
+// AfterFunc is what package context calls for a child.
+func (c *firstOnly) AfterFunc(f func()) (stop func() bool) {
+	if c.first == nil {
+		c.first = f
+	}
+	return func() bool { return true }
+}
+
+// TestServeSaysWhoEndedIt checks that a listener which the end of the context
+// has closed is never taken for one that failed, however late a child of the
+// context learns of the end.
+func TestServeSaysWhoEndedIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx := &firstOnly{Context: context.Background(), done: make(chan struct{})}
+		done := make(chan error)
+		go func() { done <- nbdexport.NewServer(nbdexport.ServerOptions{}).Serve(ctx, newScriptedListener()) }()
+		synctest.Wait() // it accepts
+		close(ctx.done)
+		ctx.first()
+		if err := <-done; !errors.Is(err, nbdexport.ErrServerClosed) {
+			t.Errorf("Serve: %v: want ErrServerClosed", err)
+		}
+	})
+}
+
 // TestStopDoesNotWaitForASlowReader ends the server while a client does not
 // take its reply.
 func TestStopDoesNotWaitForASlowReader(t *testing.T) {

@@ -117,7 +117,7 @@ var mutants = []mutant{
 		file: "cache/pass.go",
 		old:  "	if err == nil {\n		err = h.sync(0)\n	}",
 		new:  "	if err == nil && len(h.items) > 0 {\n		err = h.sync(0)\n	}",
-		pkg:  "qcow2", run: powerLoss,
+		pkg:  "qcow2", run: "TestFlushCost|" + powerLoss,
 	},
 	{
 		name: "a flush does nothing",
