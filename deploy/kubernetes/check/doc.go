@@ -7,7 +7,7 @@
 //
 // # Support
 //
-// The kustomizations base, single-node and examples. An object must be of a
+// The kustomizations overlays/* and examples. An object must be of a
 // kind whose type is known here, and may have no field that the type lacks.
 // Every rule has a change of the manifests that it must notice.
 //

@@ -25,7 +25,7 @@ func TestDriverKnowsItsFlags(t *testing.T) {
 	for _, match := range regexp.MustCompile(`(?m)^\s+(?:-\w, )?--([a-z-]+)`).FindAllSubmatch(help, -1) {
 		known[string(match[1])] = true
 	}
-	args := newCluster(t, "base").agent.Args
+	args := newCluster(t, "overlays/small").agent.Args
 	if len(args) < 5 || args[0] != "node" {
 		t.Fatalf("the driver's arguments are %q", args)
 	}

@@ -108,7 +108,7 @@ func TestDecodeIsStrict(t *testing.T) {
 // there, and every data source is there too.
 func TestExamples(t *testing.T) {
 	objects := manifests(t, "examples")
-	class, err := only[*storagev1.StorageClass](manifests(t, "base"))
+	class, err := only[*storagev1.StorageClass](manifests(t, "overlays/small"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func TestExamples(t *testing.T) {
 func TestOperatorNamesImages(t *testing.T) {
 	fs := filesys.MakeFsInMemory()
 	disk := filesys.MakeFsOnDisk()
-	for _, dir := range []string{"base", "single-node"} {
+	for _, dir := range []string{"base", "overlays/small", "overlays/single-node"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.yaml"))
 		if err != nil || len(files) == 0 {
 			t.Fatalf("%s: %d files, %v", dir, len(files), err)
@@ -167,7 +167,7 @@ func TestOperatorNamesImages(t *testing.T) {
 			}
 		}
 	}
-	own := "resources: [../single-node]\nimages:\n"
+	own := "resources: [../overlays/single-node]\nimages:\n"
 	for _, name := range []string{"csi-qcow2", "csi-provisioner", "csi-snapshotter", "csi-resizer", "csi-node-driver-registrar", "livenessprobe"} {
 		own += fmt.Sprintf("  - {name: %s, newName: images.example/storage/%s}\n", name, name)
 	}

@@ -386,7 +386,7 @@ var rules = []rule{
 
 // TestRules holds every rule in every cluster, and shows that each can fail.
 func TestRules(t *testing.T) {
-	for _, dir := range []string{"base", "single-node"} {
+	for _, dir := range []string{"overlays/small", "overlays/single-node"} {
 		for _, r := range rules {
 			t.Run(dir+"/"+r.name, func(t *testing.T) {
 				c := newCluster(t, dir)
@@ -405,10 +405,10 @@ func TestRules(t *testing.T) {
 // TestResizerOnlyOnSingleNodes: csi-resizer has no node-deployment mode; on
 // several nodes each would fail the volumes of the others.
 func TestResizerOnlyOnSingleNodes(t *testing.T) {
-	if newCluster(t, "base").container("csi-resizer") != nil {
-		t.Error("base has csi-resizer")
+	if newCluster(t, "overlays/small").container("csi-resizer") != nil {
+		t.Error("small has csi-resizer")
 	}
-	if newCluster(t, "single-node").container("csi-resizer") == nil {
+	if newCluster(t, "overlays/single-node").container("csi-resizer") == nil {
 		t.Error("single-node has no csi-resizer")
 	}
 }
