@@ -59,12 +59,12 @@ type Image struct {
 	opts    Options
 	geo     geometry
 	version uint32
-	backing Disk // nil if none
 	handle  *cache.Handle
 	own     *cache.Cache // the private cache, nil if shared
 	serial  uint64       // grows with every image that is opened: the order of locking several
 
-	size    atomic.Int64 // virtual size, bytes
+	size    atomic.Int64         // virtual size, bytes
+	backing atomic.Pointer[Disk] // nil if none; DropBacking ends it; loaded inside a request
 	l1      atomic.Pointer[l1Table]
 	closed  atomic.Bool
 	failure atomic.Pointer[error]
@@ -120,8 +120,8 @@ func (im *Image) Close() error {
 		herr = im.handle.Discard()
 	}
 	errs := []error{err, herr, im.f.Close()}
-	if im.backing != nil {
-		errs = append(errs, im.backing.Close())
+	if b := im.base(); b != nil {
+		errs = append(errs, b.Close())
 	}
 	if im.own != nil {
 		errs = append(errs, im.own.Close())
@@ -220,21 +220,30 @@ func (im *Image) SetBacking(ctx context.Context, name, format string) error {
 	im.hdrMu.Unlock()
 	h.backingName, h.backingFormat = name, format
 	if name == "" {
-		h.backingOffset, h.backingSize = 0, 0
-		if err := im.writeHeader(hdrOffBackingFile, make([]byte, 12)); err != nil {
-			return err
-		}
-	} else {
-		cluster, err := h.encodeCluster()
-		if err != nil {
-			return err
-		}
-		if err := im.writeHeader(0, cluster); err != nil {
-			return err
-		}
+		return im.writeNoBacking()
+	}
+	cluster, err := h.encodeCluster()
+	if err != nil {
+		return err
+	}
+	if err := im.writeHeader(0, cluster); err != nil {
+		return err
 	}
 	im.hdrMu.Lock()
 	im.hdr = &h
+	im.hdrMu.Unlock()
+	return nil
+}
+
+// writeNoBacking takes the backing file name out of the header, with a write that
+// a power loss cannot tear. Preconditions: im.structural is held.
+func (im *Image) writeNoBacking() error {
+	if err := im.writeHeader(hdrOffBackingFile, make([]byte, 12)); err != nil {
+		return err
+	}
+	im.hdrMu.Lock()
+	h := im.hdr // changed, not replaced: requests look at other fields
+	h.backingName, h.backingFormat, h.backingOffset, h.backingSize = "", "", 0, 0
 	im.hdrMu.Unlock()
 	return nil
 }

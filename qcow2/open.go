@@ -175,7 +175,7 @@ func (im *Image) openBacking(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("qcow2: backing file %q: %w", im.hdr.backingName, err)
 	}
-	im.backing = backing
+	im.backing.Store(&backing)
 	return nil
 }
 

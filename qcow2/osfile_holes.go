@@ -47,7 +47,7 @@ type holeFinder interface {
 // cannot tell its holes. A raw disk looks for them itself.
 func (im *Image) holder(depth int) holeFinder {
 	for range depth {
-		next, ok := im.backing.(*Image)
+		next, ok := im.base().(*Image)
 		if !ok {
 			return nil
 		}

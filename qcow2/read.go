@@ -63,12 +63,12 @@ func readHost(f File, p []byte, off HostOffset) error {
 // readBacking fills p with what the backing chain shows at off: zeroes without
 // a backing file and beyond its end.
 func (im *Image) readBacking(p []byte, off int64) error {
-	n := 0
-	if im.backing != nil {
-		n = int(min(max(im.backing.Size()-off, 0), int64(len(p))))
+	n, b := 0, im.base()
+	if b != nil {
+		n = int(min(max(b.Size()-off, 0), int64(len(p))))
 	}
 	if n > 0 {
-		if _, err := im.backing.ReadAt(p[:n], off); err != nil {
+		if _, err := b.ReadAt(p[:n], off); err != nil {
 			return fmt.Errorf("qcow2: backing file: %w", err)
 		}
 	}

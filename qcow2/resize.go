@@ -63,8 +63,8 @@ func (im *Image) Resize(ctx context.Context, size int64) error {
 // Preconditions: the gate is held alone; the L1 table covers size.
 func (im *Image) zeroGrown(old, size int64) error {
 	end := min(size, im.geo.roundUp(old))
-	if im.backing != nil {
-		end = max(end, min(size, im.backing.Size()))
+	if b := im.base(); b != nil {
+		end = max(end, min(size, b.Size()))
 	}
 	if end <= old {
 		return nil

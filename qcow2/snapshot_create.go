@@ -46,6 +46,20 @@ type SnapshotRequest struct {
 // every write that is in none. All or none exist when it returns; after a crash
 // in between, some may. No image may occur twice.
 func CreateSnapshots(ctx context.Context, requests []SnapshotRequest) ([]Snapshot, error) {
+	return CreateSnapshotsWithin(ctx, requests, func(cut func()) error {
+		cut()
+		return nil
+	})
+}
+
+// CreateSnapshotsWithin is CreateSnapshots whose cut, which takes milliseconds,
+// happens when within calls it: around it the caller can quiesce those who write
+// to the images. Sweep and commit follow after within has returned nil; its
+// error, and a cut that it did not call, undo everything.
+func CreateSnapshotsWithin(ctx context.Context, requests []SnapshotRequest, within func(cut func()) error) ([]Snapshot, error) {
+	if len(requests) == 0 {
+		return nil, nil
+	}
 	members := make([]*member, len(requests))
 	for i, r := range requests {
 		members[i] = &member{im: r.Image, request: r.Snapshot}
@@ -60,7 +74,7 @@ func CreateSnapshots(ctx context.Context, requests []SnapshotRequest) ([]Snapsho
 			return nil, m.explain(err)
 		}
 	}
-	err := takeAll(ctx, members)
+	err := takeAll(ctx, members, within)
 	taken := make([]Snapshot, len(members))
 	for i, m := range members {
 		err = errors.Join(err, m.finish(context.WithoutCancel(ctx), err))
@@ -98,14 +112,20 @@ func lockStructural(members []*member) (unlock func()) {
 
 // takeAll cuts, sweeps and commits; what it leaves half done after an error,
 // finish undoes.
-func takeAll(ctx context.Context, members []*member) error {
+func takeAll(ctx context.Context, members []*member, within func(cut func()) error) error {
 	for _, m := range members {
 		m.dirty = true
 		if err := m.im.setIncompatible(incompatDirty, true); err != nil {
 			return m.explain(err)
 		}
 	}
-	cutAll(members)
+	err := within(func() { cutAll(members) })
+	if err == nil && members[0].cut == nil {
+		err = errors.New("qcow2: the snapshot was not cut")
+	}
+	if err != nil {
+		return err
+	}
 	for _, m := range members {
 		if err := m.im.sweepAll(ctx, m.cut); err != nil {
 			return m.explain(err)

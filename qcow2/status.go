@@ -67,10 +67,11 @@ func (im *Image) status(ctx context.Context, l1 *l1Table, off, n int64) (Extent,
 
 // backingStatus describes [off, off+n), which this image leaves to its backing file.
 func (im *Image) backingStatus(ctx context.Context, off, n int64) (Extent, error) {
-	if im.backing == nil || off >= im.backing.Size() {
+	b := im.base()
+	if b == nil || off >= b.Size() {
 		return Extent{Off: off, Len: n, Zero: true, HostOff: -1}, nil
 	}
-	ext, err := im.backing.BlockStatus(ctx, off, min(n, im.backing.Size()-off))
+	ext, err := b.BlockStatus(ctx, off, min(n, b.Size()-off))
 	ext.Depth++
 	return ext, err
 }

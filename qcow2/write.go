@@ -184,7 +184,8 @@ func (im *Image) readsZero(e l2Entry, off, n int64) bool {
 	case kindZero, kindZeroAllocated:
 		return true
 	case kindUnallocated:
-		return im.backing == nil || off >= im.backing.Size()
+		b := im.base()
+		return b == nil || off >= b.Size()
 	}
 	return false
 }

@@ -90,10 +90,10 @@ func (im *Image) discard(off, n int64) error {
 func (im *Image) zeroed(e l2Entry, unmap bool) (now l2Entry, ok bool) {
 	kind := e.kind()
 	switch {
-	case kind == kindUnallocated && im.backing == nil:
+	case kind == kindUnallocated && im.base() == nil:
 		return e, true
 	case im.version < 3:
-		return 0, im.backing == nil
+		return 0, im.base() == nil
 	case !unmap && (kind == kindNormal || kind == kindZeroAllocated) && e.copied():
 		return makeL2(e.offset(), true, true), true
 	}
@@ -105,7 +105,7 @@ func (im *Image) zeroed(e l2Entry, unmap bool) (now l2Entry, ok bool) {
 // version 2, which has none, e stays.
 func (im *Image) discarded(e l2Entry) (now l2Entry, ok bool) {
 	switch {
-	case im.backing == nil:
+	case im.base() == nil:
 		return 0, true
 	case im.version < 3:
 		return e, true

@@ -147,13 +147,13 @@ func differ(a, b []byte, off int64) int64 {
 	if a == nil {
 		a, b = b, nil
 	}
-	if b == nil && isZero(a) || b != nil && bytes.Equal(a, b) {
+	if b == nil && qcow2.IsZero(a) || b != nil && bytes.Equal(a, b) {
 		return -1
 	}
 	for at := 0; ; {
 		unit := (off + int64(at)) &^ (compareUnit - 1)
 		end := min(int(unit+compareUnit-off), len(a))
-		if b == nil && !isZero(a[at:end]) || b != nil && !bytes.Equal(a[at:end], b[at:end]) {
+		if b == nil && !qcow2.IsZero(a[at:end]) || b != nil && !bytes.Equal(a[at:end], b[at:end]) {
 			return unit
 		}
 		at = end

@@ -162,7 +162,7 @@ func TestRun(t *testing.T) {
 func TestIsZero(t *testing.T) {
 	for _, n := range []int{0, 1, 7, 511, 4095, 4096, 4097, 70000} {
 		b := make([]byte, n)
-		if !isZero(b) {
+		if !qcow2.IsZero(b) {
 			t.Errorf("%d zeroes are not zero", n)
 		}
 		for _, at := range []int{0, n / 3, n / 2, n - 1} {
@@ -170,7 +170,7 @@ func TestIsZero(t *testing.T) {
 				continue
 			}
 			b[at] = 0x80
-			if isZero(b) {
+			if qcow2.IsZero(b) {
 				t.Errorf("%d bytes with one set at %d are zero", n, at)
 			}
 			b[at] = 0
