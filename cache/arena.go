@@ -22,7 +22,7 @@ const (
 
 // An arena is the memory of the slots and of the directory that describes them.
 //
-//	[0, 4096)             header (see header)
+//	[0, 4096)             header (see header) and marks (see marks)
 //	[4096, data)          directory: one 64-byte entry per slot, then zeroes up to a page
 //	[data, data+n*4096)   slots
 //

@@ -70,11 +70,15 @@ func mapLeft(f *os.File, want header) (*arena, []entry, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	m := marks{arena: a}
 	left, err := a.dirtyEntries()
+	if err == nil {
+		err = m.validate()
+	}
 	if err != nil {
 		return nil, nil, errors.Join(&ArenaError{Path: f.Name(), Msg: err.Error()}, unix.Munmap(a.mem))
 	}
-	if len(left) == 0 && h.slots != want.slots {
+	if len(left) == 0 && len(m.all()) == 0 && h.slots != want.slots {
 		return nil, nil, unix.Munmap(a.mem)
 	}
 	return a, left, nil

@@ -13,8 +13,8 @@ package cache
 // The price: the first displacement ends the takeover of this image. A successor
 // that found half of the dirty tables would not find a consistent image, so the
 // tables that remain in the arena become held, in descending order of class: a
-// kill in between leaves no table without those it depends on. For the successor the
-// image has suffered a power loss, after an I/O error that its user has seen.
+// kill in between leaves no table without those it depends on. The successor
+// is told (Left): for it the image has suffered a power loss.
 //
 // Rejected: slots outside the arena for the neighbours (their acknowledged
 // changes would not survive the process); forgetting the failed image's tables
@@ -35,6 +35,7 @@ func (h *Handle) displace(i slotIndex) bool {
 	}
 	if !h.attic.open() {
 		h.attic = attic{}
+		h.markLocked(markGone)
 		h.holdLocked()
 	}
 	if h.closed { // Discard is about to drop it, and has emptied the attic

@@ -77,6 +77,7 @@ const (
 // same whatever the budget is, and no two sets share a lock.
 type Cache struct {
 	arena *arena
+	marks marks
 	sets  []set
 	slots []slot
 
@@ -116,6 +117,7 @@ func New(o Options) (*Cache, error) {
 	a.onStore = o.OnStore
 	c := &Cache{
 		arena:     a,
+		marks:     marks{arena: a},
 		sets:      make([]set, a.slots/ways),
 		slots:     make([]slot, a.slots),
 		kick:      make(chan struct{}, 1),
@@ -150,6 +152,9 @@ func (c *Cache) Close() error {
 		return fmt.Errorf("%w: %d open handles", ErrInUse, n)
 	}
 	c.closed = true
+	if len(c.unclaimed) == 0 && len(c.marks.all()) == 0 {
+		c.marks.reset() // of images that found no mark of their own
+	}
 	return c.arena.unmap()
 }
 

@@ -39,6 +39,7 @@
 //	attic      heap memory for dirty tables of a failed image
 //	arena      the memory of the slots and of the directory that describes them
 //	takeover   a new process goes on with the arena of a killed one
+//	mark       a note in the arena that an image has failed
 //
 // # Classes and edges
 //
@@ -95,6 +96,7 @@
 //	Cache.mu        the handles; never with a set's lock
 //	set.mu          misses, replacement and drops in one set
 //	  Handle.mu     lists, passes and counts of one image; one at a time
+//	    marks.mu    which images have failed
 //
 // A hit takes none of them. The goroutines are those of running passes, at
 // most two per image: one runs, and one may still be in OnWriteBack. Close and
@@ -123,8 +125,7 @@
 // the table's former content: a kill may take it although they have not
 // returned. An arena of another boot, generation or layout, or a damaged one, is
 // refused as a whole (ArenaError): that is a power loss. That an image had failed is
-// not in the arena: whoever must verify such an image before it is used again
-// keeps a record of it elsewhere. Its header has a
+// in the arena too, until it is closed: Marked tells the successor. Its header has a
 // checksum, so has the identity in each entry, and each state a parity; the
 // content of the tables has none, as little as any memory of a process. An image that
 // other processes have written since must not be claimed by the same ID: whoever

@@ -19,11 +19,13 @@ type Handle struct {
 
 	counters  counters
 	adopted   int         // dirty tables that a predecessor left
+	mark      markKind    // what else it left; constant
 	unclaimed atomic.Bool // the tables of a predecessor; the image is not open yet
 
-	started atomic.Uint64 // passes started; changed under mu
-	done    atomic.Uint64 // number of the last pass that succeeded; changed under mu
-	ndirty  atomic.Int64  // dirty tables: listed, in a pass or in the attic; changed under mu
+	started atomic.Uint64         // passes started; changed under mu
+	done    atomic.Uint64         // number of the last pass that succeeded; changed under mu
+	failure atomic.Pointer[error] // first failed write or sync, nil if none; changed under mu
+	ndirty  atomic.Int64          // dirty tables: listed, in a pass or in the attic; changed under mu
 
 	wg       sync.WaitGroup // the goroutines of passes
 	cond     *sync.Cond     // on mu: a pass or a write has ended, a load has ended
@@ -38,7 +40,6 @@ type Handle struct {
 	calling  bool             // OnWriteBack is running; guarded by mu
 	loads    int              // under way; guarded by mu
 	closed   bool             // guarded by mu
-	err      error            // first failed write or sync; guarded by mu
 	attic    attic            // guarded by mu
 
 	bufs [maxClasses][]byte // copies of the running pass, per class

@@ -11,11 +11,11 @@ import (
 
 // header is the first 64 bytes of an arena file, little endian. It is written
 // once, when the arena is made; the magic last, so that an arena whose making
-// was cut short has none. The rest of its page is zero.
+// was cut short has none. The rest of its page has the marks.
 //
 //	Offset  Size  Field       Meaning
 //	     0     8  magic       "csiqaren"
-//	     8     4  layout      version of the header, the directory and the state word; 1
+//	     8     4  layout      version of the header, the directory, the marks and the state word; 2
 //	    12     4  slot_size   bytes; 4096
 //	    16     8  slots       number of slots, a multiple of 8
 //	    24    16  boot_id     of the kernel that runs; an arena does not survive a reboot
@@ -30,7 +30,7 @@ type header struct {
 
 const (
 	headerMagic   = "csiqaren"
-	headerLayout  = 1
+	headerLayout  = 2
 	headerBytes   = 64
 	headerWords   = headerBytes / 8
 	maxArenaSlots = maxBytes / slotBytes

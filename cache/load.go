@@ -235,7 +235,7 @@ func (h *Handle) makeDirty(i slotIndex) {
 // against the cache: no pass can clean them.
 func (h *Handle) addDirtyLocked(n int) {
 	h.ndirty.Add(int64(n))
-	if h.err == nil {
+	if h.failure.Load() == nil {
 		h.c.addDirty(n)
 	}
 }

@@ -77,18 +77,25 @@ func (c *Cache) Open(f File, o HandleOptions) (*Handle, error) {
 		if err := c.claimLocked(h, f, o); err != nil {
 			return nil, err
 		}
+		h.mark = c.markOf(o.ID)
 		return h, nil
 	}
-	for _, other := range c.handles {
-		if other != nil && o.ID != [16]byte{} && other.o.ID == o.ID {
-			return nil, fmt.Errorf("%w: image %x has a handle", ErrInUse, o.ID)
-		}
+	if o.ID != [16]byte{} && c.isOpenLocked(o.ID) {
+		return nil, fmt.Errorf("%w: image %x has a handle", ErrInUse, o.ID)
 	}
 	h := newHandle(c, f, o)
+	h.mark = c.markOf(o.ID)
 	if err := c.addLocked(h); err != nil {
 		return nil, err
 	}
 	return h, nil
+}
+
+func (c *Cache) markOf(id [16]byte) markKind {
+	if id == [16]byte{} {
+		return markNone
+	}
+	return c.marks.of(id)
 }
 
 func newHandle(c *Cache, f File, o HandleOptions) *Handle {
@@ -149,6 +156,9 @@ func (h *Handle) Discard() error {
 		<-h.released
 		return nil
 	}
+	if h.failure.Load() != nil {
+		h.markLocked(markGone) // its tables go now, the mark goes after them
+	}
 	h.closed = true
 	for h.running || h.loads > 0 {
 		h.cond.Wait()
@@ -173,6 +183,9 @@ func (h *Handle) Discard() error {
 	h.wg.Wait()
 
 	c := h.c
+	if h.o.ID != [16]byte{} {
+		c.marks.clear(h.o.ID)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.handles[h.number] = nil

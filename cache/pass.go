@@ -43,19 +43,50 @@ func (h *Handle) Done() uint64 { return h.done.Load() }
 // DirtyTables returns the number of table slices that the file does not have yet.
 func (h *Handle) DirtyTables() int { return int(h.ndirty.Load()) }
 
-// Err returns the first error of a write or a Datasync, nil if all succeeded.
-// It is sticky: a handle that has one writes nothing any more.
+// Err returns the first error of a write or a Datasync, or that of Fail, nil if
+// there is none. It is sticky: a handle that has one writes nothing any more.
 func (h *Handle) Err() error {
+	if err := h.failure.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Fail makes the handle failed, as an error of a pass does, for a write or a
+// Datasync of the caller that went wrong. A pass that is running goes on.
+//
+// When it returns, a successor will know (see Marked).
+func (h *Handle) Fail(err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.err
+	h.failLocked(err)
+	h.cond.Broadcast()
+}
+
+// failLocked keeps the first error. Its dirty tables do not count any more: no
+// pass can clean them.
+func (h *Handle) failLocked(err error) {
+	if h.failure.Load() != nil {
+		return
+	}
+	// The mark comes first: whoever is told of the error may be told by a
+	// successor that all is well otherwise.
+	h.markLocked(markFailed)
+	h.failure.Store(&err)
+	h.c.addDirty(-h.DirtyTables())
+}
+
+func (h *Handle) markLocked(k markKind) {
+	if h.o.ID != [16]byte{} && !h.closed {
+		h.c.marks.set(h.o.ID, k)
+	}
 }
 
 // cleanable reports whether a pass could clean tables of h.
 func (h *Handle) cleanable() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.err == nil && !h.closed && !h.unclaimed.Load()
+	return h.failure.Load() == nil && !h.closed && !h.unclaimed.Load()
 }
 
 // WriteBack runs one pass, or waits for the next if one is running, which it
@@ -72,8 +103,8 @@ func (h *Handle) WriteBack() error {
 	want := h.Mark()
 	for {
 		switch {
-		case h.err != nil:
-			return h.err
+		case h.failure.Load() != nil:
+			return *h.failure.Load()
 		case h.Done() >= want:
 			return nil
 		case h.closed:
@@ -107,8 +138,7 @@ func (h *Handle) pass() {
 	defer h.mu.Unlock()
 	if err != nil {
 		h.returnLocked(0)
-		h.err = err
-		h.c.addDirty(-h.DirtyTables())
+		h.failLocked(err)
 	} else {
 		h.done.Store(h.started.Load())
 	}

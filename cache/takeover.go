@@ -109,35 +109,69 @@ func (c *Cache) adopt(entries []entry) error {
 	return nil
 }
 
-// An Unclaimed image is one whose dirty tables a predecessor left, and that is
-// not open yet.
+// Unclaimed is what a predecessor left of an image that is not open yet.
 type Unclaimed struct {
 	ID     [16]byte
-	Tables int
+	Tables int  // dirty ones
+	Failed bool // a write or a sync of the image had failed
 }
 
-// Unclaimed lists the images whose tables wait for Open or Forget.
+// Unclaimed lists the images of which a predecessor left something that waits
+// for Open or Forget.
 func (c *Cache) Unclaimed() []Unclaimed {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var us []Unclaimed
 	for id, h := range c.unclaimed {
-		us = append(us, Unclaimed{ID: id, Tables: h.DirtyTables()})
+		us = append(us, Unclaimed{ID: id, Tables: h.DirtyTables(), Failed: c.marks.of(id) != markNone})
+	}
+	for _, id := range c.marks.all() {
+		if c.unclaimed[id] == nil && !c.isOpenLocked(id) {
+			us = append(us, Unclaimed{ID: id, Failed: true})
+		}
 	}
 	return us
 }
 
-// Forget drops the tables that a predecessor left for an image that will not
-// be opened again. It does nothing if there are none.
+// Left reports whether a predecessor left something of the image id that waits
+// for Open or Forget: dirty tables, or that the image had failed.
+func (c *Cache) Left(id [16]byte) (tables int, failed bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.isOpenLocked(id) {
+		return 0, false
+	}
+	if h := c.unclaimed[id]; h != nil {
+		tables = h.DirtyTables()
+	}
+	return tables, c.marks.of(id) != markNone
+}
+
+// Forget drops what a predecessor left of an image that is not open: its
+// changes since the last pass are lost, as by a power loss, and that it had
+// failed counts no more. It does nothing for an image that is open.
 func (c *Cache) Forget(id [16]byte) error {
 	c.mu.Lock()
 	h := c.unclaimed[id]
 	delete(c.unclaimed, id)
+	if h == nil && !c.isOpenLocked(id) {
+		c.marks.clear(id)
+	}
 	c.mu.Unlock()
 	if h == nil {
 		return nil
 	}
 	return h.Discard()
+}
+
+// isOpenLocked reports whether the image id has an open handle.
+func (c *Cache) isOpenLocked(id [16]byte) bool {
+	for _, h := range c.handles {
+		if h != nil && h.o.ID == id && !h.unclaimed.Load() {
+			return true
+		}
+	}
+	return false
 }
 
 // claimLocked gives h, which a takeover has made, to the opener of its image.
@@ -160,6 +194,12 @@ func (c *Cache) claimLocked(h *Handle, f File, o HandleOptions) error {
 }
 
 // Adopted returns the number of dirty tables that a predecessor had left for
-// this image when it was opened. If it is 0, and the image had not failed, the
+// this image when it was opened. If it is 0, and the image is not Marked, the
 // predecessor had written back everything.
 func (h *Handle) Adopted() int { return h.adopted }
+
+// Marked reports whether a predecessor's write or sync of this image had failed
+// and it was not closed since: what clients were told is durable may not be.
+// whole says that all changes since are among the adopted tables; without it
+// there were more, and those are lost.
+func (h *Handle) Marked() (marked, whole bool) { return h.mark != markNone, h.mark != markGone }
