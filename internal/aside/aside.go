@@ -47,19 +47,19 @@ type Error struct {
 func (e *Error) Error() string   { return e.text }
 func (e *Error) Unwrap() []error { return e.under }
 
-// Main makes the call for which this process was started, and exits; it returns in a process that was
-// started for something else, which makes its calls by children from then on. It is for the beginning of
-// main.
-func Main() {
+// Main makes the call for which this process was started, if it was, and says with which status the process
+// shall end then. Where child is false, the process makes its calls by children from then on. It is for
+// the beginning of main.
+func Main() (status int, child bool) {
 	able = true
 	if os.Args[0] != childName {
-		return
+		return 0, false
 	}
 	if err := serve(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return 1, true
 	}
-	os.Exit(0)
+	return 0, true
 }
 
 // serve makes the call that args describe and prints its reply.

@@ -32,7 +32,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	Main()
+	if status, child := Main(); child {
+		os.Exit(status)
+	}
 	os.Exit(m.Run())
 }
 
