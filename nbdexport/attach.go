@@ -6,11 +6,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
+
+	"csi-qcow2/internal/durable"
 )
 
 // detachWait bounds how long Detach and Clean wait for the last opener of a device: udev and
@@ -22,6 +24,8 @@ type attachDriver interface {
 	// usable returns why the kernel can make no such device, as ErrNoDeviceKind.
 	usable() error
 	attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error)
+	// reattach goes on with the device that an ended process has attached with o.ID.
+	reattach(ctx context.Context, b Backend, o DeviceOptions) (Device, error)
 	// stale lists the devices of this run-dir that no process serves, usable or not. live holds the
 	// IDs that this process serves.
 	stale(ctx context.Context, live map[string]bool) ([]StaleDevice, error)
@@ -30,6 +34,7 @@ type attachDriver interface {
 // Attacher makes kernel block devices out of backends. Its methods may be called at once.
 type Attacher struct {
 	kind    string
+	dir     *durable.Dir            // RunDir
 	drivers map[string]attachDriver // by kind
 
 	mu     sync.Mutex
@@ -69,15 +74,10 @@ func loadModule(name string) {
 
 // NewAttacher returns an Attacher for devices of a kind: KindAuto, KindNBD or KindFUSE. It
 // returns ErrNoDeviceKind when the kernel cannot make such a device, saying what is missing.
-func NewAttacher(kind string, o AttacherOptions) (*Attacher, error) {
-	if !filepath.IsAbs(o.RunDir) {
-		return nil, fmt.Errorf("nbdexport: run directory %q: want an absolute path", o.RunDir)
-	}
-	o.RunDir = filepath.Clean(o.RunDir)
-	names := newDeviceNames(o.RunDir)
-	a := &Attacher{
-		drivers: map[string]attachDriver{KindNBD: newNBDDriver(names), KindFUSE: newFUSEDriver(o.RunDir, names)},
-		live:    make(map[string]*attached),
+func NewAttacher(kind string, o AttacherOptions) (_ *Attacher, err error) {
+	o = o.withDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
 	}
 	kinds := []string{kind}
 	switch kind {
@@ -86,6 +86,28 @@ func NewAttacher(kind string, o AttacherOptions) (*Attacher, error) {
 		kinds = []string{KindNBD, KindFUSE}
 	default:
 		return nil, fmt.Errorf("nbdexport: device kind %q: want %s, %s or %s", kind, KindAuto, KindNBD, KindFUSE)
+	}
+	if err := os.MkdirAll(o.RunDir, 0o700); err != nil {
+		return nil, err
+	}
+	dir, err := durable.OpenDir(o.RunDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, dir.Close())
+		}
+	}()
+	names := newDeviceNames(o.RunDir)
+	nbd, err := newNBDDriver(dir, names, o.DeadConnTimeout)
+	if err != nil {
+		return nil, err
+	}
+	a := &Attacher{
+		dir:     dir,
+		drivers: map[string]attachDriver{KindNBD: nbd, KindFUSE: newFUSEDriver(o.RunDir, names)},
+		live:    make(map[string]*attached),
 	}
 	var errs []error
 	for _, kind := range kinds {
@@ -107,6 +129,25 @@ func (a *Attacher) Kind() string { return a.kind }
 //
 // Ending ctx gives up an attach that has not completed; it does not touch the device afterwards.
 func (a *Attacher) Attach(ctx context.Context, b Backend, o DeviceOptions) (Device, error) {
+	return a.enter("attach", b, o, func(o DeviceOptions) (Device, error) { return a.drivers[a.kind].attach(ctx, b, o) })
+}
+
+// Reattach goes on with the device of kind that an ended process of the same run-dir has attached
+// with o.ID, and that the kernel has kept: with the same options, and a backend that has all that was
+// acknowledged. When it returns, requests that have waited are being answered.
+//
+// It returns ErrDeviceGone when there is no such device, and ErrDeviceDead for one that has lost
+// requests for want of a server. Ending ctx gives the attempt up.
+func (a *Attacher) Reattach(ctx context.Context, kind string, b Backend, o DeviceOptions) (Device, error) {
+	driver := a.drivers[kind]
+	if driver == nil {
+		return nil, fmt.Errorf("reattach %q: device kind %q: %w", o.ID, kind, ErrDeviceGone)
+	}
+	return a.enter("reattach", b, o, func(o DeviceOptions) (Device, error) { return driver.reattach(ctx, b, o) })
+}
+
+// enter makes a device of b by connect and takes it into the table.
+func (a *Attacher) enter(what string, b Backend, o DeviceOptions, connect func(DeviceOptions) (Device, error)) (Device, error) {
 	o = o.withDefaults()
 	if err := o.validate(b.Size()); err != nil {
 		return nil, err
@@ -126,10 +167,10 @@ func (a *Attacher) Attach(ctx context.Context, b Backend, o DeviceOptions) (Devi
 	a.live[o.ID] = d
 	a.mu.Unlock()
 
-	dev, err := a.drivers[a.kind].attach(ctx, b, o)
+	dev, err := connect(o)
 	if err != nil {
 		a.forget(d)
-		return nil, fmt.Errorf("attach %q: %w", o.ID, err)
+		return nil, fmt.Errorf("%s %q: %w", what, o.ID, err)
 	}
 	d.Device = dev
 	return d, nil
@@ -145,6 +186,12 @@ func (d *attached) Detach(ctx context.Context) error {
 		return fmt.Errorf("detach %q: %w", d.id, err)
 	}
 	return nil
+}
+
+// Leave leaves the device and frees its ID.
+func (d *attached) Leave() {
+	d.Device.Leave()
+	d.a.forget(d)
 }
 
 // forget takes d from the table, unless another device has its ID by now.
@@ -176,6 +223,14 @@ func (a *Attacher) Stale(ctx context.Context) ([]StaleDevice, error) {
 	return found, errors.Join(errs...)
 }
 
+// Run keeps the record of what is served up to date, without which a later process cannot
+// reattach; it returns when ctx ends.
+func (a *Attacher) Run(ctx context.Context) {
+	if nbd, ok := a.drivers[KindNBD].(*nbdDriver); ok {
+		nbd.run(ctx)
+	}
+}
+
 // Close refuses further attaches. It returns ErrDeviceBusy when devices are still attached;
 // they go on being served.
 func (a *Attacher) Close() error {
@@ -185,7 +240,7 @@ func (a *Attacher) Close() error {
 	if n := len(a.live); n > 0 {
 		return fmt.Errorf("close attacher: %d devices attached: %w", n, ErrDeviceBusy)
 	}
-	return nil
+	return a.dir.Close()
 }
 
 // checkResize checks whether the kernel may be told that d is size bytes long now.

@@ -154,3 +154,8 @@ func (d *fuseDriver) removeDir(id string) error {
 	}
 	return nil
 }
+
+// reattach finds nothing: the kernel has ended the mount with the process that served it.
+func (d *fuseDriver) reattach(_ context.Context, _ Backend, o DeviceOptions) (Device, error) {
+	return nil, fmt.Errorf("fuse device %q: %w", o.ID, ErrDeviceGone)
+}

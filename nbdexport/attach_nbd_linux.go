@@ -4,32 +4,41 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
-	"strconv"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"csi-qcow2/internal/durable"
 )
 
-const (
-	// nbdDeadConnTimeout is how long the kernel keeps requests while no process serves the device.
-	// A restart of ours ends within it; after it the file system sees errors.
-	nbdDeadConnTimeout = 600 * time.Second
-
-	// nbdIOTimeout is how often the driver looks at a request that takes long. With one socket and
-	// TIMEOUT 0 a look never fails or resends it, unless the socket was replaced since:
-	// so this is the pause after a reconnect for what was in flight.
-	nbdIOTimeout = time.Second
-)
+// nbdIOTimeout is how often the driver looks at a request that takes long. With one socket and
+// TIMEOUT 0 a look never fails or resends it, unless the socket was replaced since:
+// so this, and the second to which the kernel rounds, is the pause after a reconnect for what
+// was in flight.
+const nbdIOTimeout = time.Second
 
 // nbdDriver makes devices of the kernel's nbd driver.
 type nbdDriver struct {
-	names deviceNames
+	names   deviceNames
+	timeout time.Duration // requests wait so long for a server
+	served  *served
+
+	mu      sync.Mutex
+	devices map[*nbdDevice]bool // those that are served; guarded by mu
 }
 
-func newNBDDriver(names deviceNames) *nbdDriver { return &nbdDriver{names: names} }
+func newNBDDriver(dir *durable.Dir, names deviceNames, timeout time.Duration) (*nbdDriver, error) {
+	served, err := openServed(dir)
+	if err != nil {
+		return nil, err
+	}
+	return &nbdDriver{names: names, timeout: timeout, served: served, devices: make(map[*nbdDevice]bool)}, nil
+}
 
 func (d *nbdDriver) usable() error {
 	loadModule("nbd")
@@ -40,49 +49,141 @@ func (d *nbdDriver) usable() error {
 	return n.close()
 }
 
+func (d *nbdDriver) newDevice(b Backend, o DeviceOptions) *nbdDevice {
+	return &nbdDevice{driver: d, opts: o, backend: b, connected: make(chan struct{}),
+		export: Export{Name: o.ID, Backend: b, ReadOnly: o.ReadOnly}}
+}
+
 func (d *nbdDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ Device, err error) {
 	client, server, err := socketPair()
 	if err != nil {
 		return nil, err
 	}
 	defer client.Close() // the kernel has its own reference; ours would hide the end of the connection
-	dev := &nbdDevice{
-		opts:    o,
-		backend: b,
-		id:      d.names.name(o.ID),
-		export:  Export{Name: o.ID, Backend: b, ReadOnly: o.ReadOnly},
-	}
+	dev := d.newDevice(b, o)
 	dev.size.Store(b.Size())
-
 	// Serve before CONNECT: the kernel may read the device before it answers.
 	dev.serve(context.WithoutCancel(ctx), server)
-	n, err := dialNBD()
+	// A CONNECT that has begun is seen to its end, whoever waits for it.
+	place, err := nbdConnect(context.WithoutCancel(ctx), nbdConfig{
+		Index:           nbdAnyIndex,
+		Size:            b.Size(),
+		BlockSize:       o.BlockSize,
+		Flags:           kernelFlags(o),
+		DeadConnTimeout: d.timeout,
+		Backend:         d.names.name(o.ID),
+	}, client)
 	if err != nil {
 		dev.stop()
 		return nil, err
 	}
-	defer n.close()
-	dev.index, err = n.connect(nbdConfig{
-		index:           nbdAnyIndex,
-		size:            b.Size(),
-		blockSize:       o.BlockSize,
-		flags:           kernelFlags(o),
-		deadConnTimeout: nbdDeadConnTimeout,
-		backend:         dev.id,
-		socket:          int(client.Fd()),
-	})
-	client.Close()
-	if err != nil {
+	if err := d.adopt(dev, place); err != nil {
+		_, undo := d.remove(ctx, place, false)
 		dev.stop()
+		return nil, errors.Join(err, undo)
+	}
+	return dev, nil
+}
+
+// adopt enters a device that the kernel has, and is served.
+func (d *nbdDriver) adopt(dev *nbdDevice, place nbdPlace) error {
+	if err := d.served.note(d.timeout, place.Backend); err != nil {
+		return err
+	}
+	dev.nbdPlace = place
+	close(dev.connected)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.devices[dev] = true
+	return nil
+}
+
+// forget drops a device that is not served any more.
+func (d *nbdDriver) forget(dev *nbdDevice) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.devices, dev)
+}
+
+func (d *nbdDriver) reattach(ctx context.Context, b Backend, o DeviceOptions) (Device, error) {
+	backend := d.names.name(o.ID)
+	places, err := findNBD()
+	i := slices.IndexFunc(places, func(p nbdPlace) bool { return p.Backend == backend })
+	if i < 0 {
+		return nil, errors.Join(fmt.Errorf("no nbd device has the backend identifier %q: %w", backend, ErrDeviceGone), err)
+	}
+	dev := d.newDevice(b, o)
+	dev.nbdPlace = places[i]
+	size, err := sysfsSize(dev.name())
+	if err != nil {
 		return nil, err
 	}
-	if err := dev.ready(ctx, n); err != nil {
-		// Its path was never handed out, so nobody has the device open but who looks at all devices.
-		err = errors.Join(err, n.disconnect(dev.index))
+	if size > b.Size() {
+		return nil, fmt.Errorf("%s has %d bytes, more than the backend's %d: %w", dev.path(), size, b.Size(), ErrDeviceGone)
+	}
+	dev.size.Store(size)
+	left, err := d.served.left(backend)
+	if err != nil {
+		return nil, err
+	}
+	if left == 0 {
+		return nil, fmt.Errorf("%s was not served for too long, requests may have failed: %w", dev.path(), ErrDeviceDead)
+	}
+	conn, err := dev.reconnect(ctx, left, time.Time{})
+	if err != nil {
+		return nil, err
+	}
+	dev.serve(context.WithoutCancel(ctx), conn)
+	if err := d.adopt(dev, dev.nbdPlace); err != nil {
 		dev.stop()
 		return nil, err
 	}
 	return dev, nil
+}
+
+// run notes, over and over, which devices are served.
+func (d *nbdDriver) run(ctx context.Context) {
+	// Often enough that a process that is killed and started again has nearly the whole timeout.
+	ticker := time.NewTicker(min(max(d.timeout/10, 100*time.Millisecond), 5*time.Second))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if err := d.noteServed(); err != nil {
+			klog.FromContext(ctx).Error(err, "noting which devices are served")
+		}
+	}
+}
+
+func (d *nbdDriver) noteServed() error {
+	d.mu.Lock()
+	var backends []string
+	for dev := range d.devices {
+		if dev.live.Load() {
+			backends = append(backends, dev.Backend)
+		}
+	}
+	d.mu.Unlock()
+	if len(backends) == 0 {
+		return nil
+	}
+	return d.served.note(d.timeout, backends...)
+}
+
+// remove takes a device apart, see disconnectNBD. It goes on when ctx ends.
+func (d *nbdDriver) remove(ctx context.Context, place nbdPlace, writeBack bool) (lost string, err error) {
+	wait := detachWait
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline))
+	}
+	lost, err = nbdDisconnect(context.WithoutCancel(ctx), nbdRemoval{place, writeBack, wait})
+	if err == nil {
+		err = d.served.forget(place.Backend)
+	}
+	return lost, err
 }
 
 // socketPair returns a connected pair: the client end for the kernel, the server end for us. A
@@ -103,6 +204,24 @@ func socketPair() (client *os.File, server net.Conn, err error) {
 	return client, server, nil
 }
 
+// hasEnded reports whether the other end of conn is closed. It reads nothing.
+func hasEnded(conn net.Conn) (ended bool, err error) {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var readErr error
+	err = raw.Control(func(fd uintptr) {
+		var n int
+		n, _, readErr = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		ended = n == 0 && readErr == nil
+	})
+	if readErr == unix.EAGAIN {
+		readErr = nil
+	}
+	return ended, errors.Join(err, readErr)
+}
+
 // kernelFlags are the transmission flags that the kernel knows, for a device with options o.
 func kernelFlags(o DeviceOptions) TransmissionFlags {
 	flags := FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn
@@ -118,36 +237,17 @@ func kernelFlags(o DeviceOptions) TransmissionFlags {
 
 // stale finds connected nbd devices with our identifiers that are not in live.
 func (d *nbdDriver) stale(_ context.Context, live map[string]bool) ([]StaleDevice, error) {
-	names, err := sysfsDevices("nbd")
-	if err != nil {
-		return nil, err
-	}
+	places, err := findNBD()
 	var found []StaleDevice
-	var errs []error
-	for _, name := range names {
-		backend, err := sysfsValue(name, "backend")
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		} else if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		id, ours := d.names.id(backend)
+	for _, place := range places {
+		id, ours := d.names.id(place.Backend)
 		if !ours || live[id] {
 			continue
 		}
-		index, err := strconv.ParseUint(name[len("nbd"):], 10, 31)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		dev := &nbdDevice{id: backend, index: uint32(index)}
-		found = append(found, StaleDevice{ID: id, Kind: KindNBD, Path: dev.Path(), clean: func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, detachWait)
-			defer cancel()
-			_, err := dev.disconnect(ctx, false) // nothing is written back, so nothing is lost
+		found = append(found, StaleDevice{ID: id, Kind: KindNBD, Path: place.path(), clean: func(ctx context.Context) error {
+			_, err := d.remove(ctx, place, false) // nothing is written back, so nothing is lost
 			return err
 		}})
 	}
-	return found, errors.Join(errs...)
+	return found, err
 }

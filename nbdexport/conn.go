@@ -60,6 +60,8 @@ type conn struct {
 	tasks   chan task
 	workers sync.WaitGroup
 	started int // workers; used by the reading goroutine only
+
+	disconnected bool // the client has said that it goes; for when serve has returned
 }
 
 // A task is a validated request for a worker.
@@ -135,6 +137,7 @@ func (c *conn) receiveAll(ctx context.Context) error {
 			return nil
 		}
 		if err == nil && r.cmd == cmdDisconnect {
+			c.disconnected = true
 			return nil
 		}
 		if err == nil {

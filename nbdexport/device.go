@@ -1,10 +1,13 @@
 package nbdexport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"regexp"
+	"time"
 )
 
 // Errors that a caller of a [Device] or an [Attacher] can act on.
@@ -83,6 +86,12 @@ type Device interface {
 	// caller's. Detaching a detached device is nil.
 	Detach(ctx context.Context) error
 
+	// Leave stops serving the device and leaves it with the kernel: requests that were read are
+	// answered, and the backend gets no more calls. The kernel keeps later requests of an nbd device
+	// for a process that reattaches it; those of a fuse device fail. It is for a process
+	// that ends; after it no other method but Path may be called.
+	Leave()
+
 	// Health is nil while requests can be served: the kernel device exists, is ours, and its server
 	// is connected. It looks at sysfs and asks the driver, never at the device's data, so it never
 	// hangs.
@@ -95,6 +104,28 @@ type AttacherOptions struct {
 	// reboot, such as /run/csi-qcow2. FUSE mounts live under RunDir/fuse. Two processes that
 	// serve at once have different ones. It must be absolute; it is created when absent.
 	RunDir string
+
+	// DeadConnTimeout is how long the kernel keeps the requests for an nbd device while no
+	// process serves it: the time that a restart may take. After it they fail. Whole seconds,
+	// at least 1 s; default 10 min.
+	DeadConnTimeout time.Duration
+}
+
+func (o AttacherOptions) withDefaults() AttacherOptions {
+	o.RunDir = filepath.Clean(o.RunDir)
+	o.DeadConnTimeout = cmp.Or(o.DeadConnTimeout, 10*time.Minute)
+	return o
+}
+
+func (o AttacherOptions) validate() error {
+	var errs []error
+	if !filepath.IsAbs(o.RunDir) {
+		errs = append(errs, fmt.Errorf("nbdexport: run directory %q: want an absolute path", o.RunDir))
+	}
+	if o.DeadConnTimeout < time.Second || o.DeadConnTimeout%time.Second != 0 {
+		errs = append(errs, fmt.Errorf("nbdexport: dead connection timeout %s: want whole seconds, at least one", o.DeadConnTimeout))
+	}
+	return errors.Join(errs...)
 }
 
 // A StaleDevice is a kernel device that a dead predecessor of this process left behind.

@@ -4,117 +4,159 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
-	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 )
 
 // nbdDevice is a device of the kernel's nbd driver whose socket this process serves.
 type nbdDevice struct {
+	driver  *nbdDriver
 	opts    DeviceOptions
 	backend Backend
 	export  Export
-	index   uint32
-	id      string // backend identifier
 	size    atomic.Int64
 
+	nbdPlace                // set once, before connected is closed
+	connected chan struct{} // closed when the kernel has the device
+
+	live   atomic.Bool        // a connection is being served
 	cancel context.CancelFunc // ends the serving
-	done   chan struct{}      // closed when the connection has ended and no request is being served
+	done   chan struct{}      // closed when the serving has ended for good and no request is under way
 
 	mu       sync.Mutex // held over kernel calls; Resize and Detach, one at a time
 	detached bool       // guarded by mu
 	lost     error      // write back that failed, as ErrNotFlushed, to be told at the end; guarded by mu
 }
 
-func (d *nbdDevice) name() string { return "nbd" + strconv.FormatUint(uint64(d.index), 10) }
-func (d *nbdDevice) Path() string { return "/dev/" + d.name() }
+func (d *nbdDevice) Path() string { return d.path() }
 func (d *nbdDevice) Kind() string { return KindNBD }
 func (d *nbdDevice) Size() int64  { return d.size.Load() }
 
-// serve serves conn until the kernel disconnects, or until stop.
+// serve serves conn, and the connections that take its place, until the kernel disconnects, the
+// device is not ours any more, or stop.
 func (d *nbdDevice) serve(ctx context.Context, conn net.Conn) {
 	ctx, d.cancel = context.WithCancel(ctx)
 	d.done = make(chan struct{})
-	go func() { // ends when the kernel's end of the socket is closed, or with stop
+	d.live.Store(true)
+	go func() { // ends when the kernel has let go of the device, or with stop
 		defer close(d.done)
-		if err := ServeTransmission(ctx, conn, &d.export); err != nil && ctx.Err() == nil {
-			klog.FromContext(ctx).Error(err, "nbd connection ended", "backend", d.id)
+		defer d.live.Store(false)
+		log := klog.FromContext(ctx).WithValues("backend", d.export.Name)
+		for {
+			begin := time.Now()
+			c := newConn(conn, d.backend, terms{flags: d.export.TransmissionFlags()}, 0)
+			err := c.serve(ctx) // no request is under way when it returns: none can change what a resent one wrote
+			d.live.Store(false)
+			if ctx.Err() != nil || c.disconnected {
+				return
+			}
+			select {
+			case <-d.connected:
+			case <-ctx.Done():
+				return
+			}
+			log.Error(err, "nbd connection lost", "device", d.path())
+			if conn, err = d.reconnect(ctx, d.driver.timeout, begin); err != nil {
+				log.Error(err, "nbd device is given up", "device", d.path())
+				return
+			}
+			log.Info("nbd device has a new connection", "device", d.path())
+			d.live.Store(true)
 		}
 	}()
 }
 
-// stop ends the serving and waits until no request is being served. The kernel has let go of
-// the device, or never had it.
+// stop ends the serving and waits until no request is under way. The kernel keeps the device, if
+// it has it, and what was not answered.
 func (d *nbdDevice) stop() {
 	d.cancel()
 	<-d.done
 }
 
-// ready waits until the device can be opened, and checks that it is what we asked for.
-func (d *nbdDevice) ready(ctx context.Context, n *nbdNetlink) error {
-	if err := setSysfsValue(d.name(), "queue/io_timeout", strconv.FormatInt(nbdIOTimeout.Milliseconds(), 10)); err != nil {
-		return err
-	}
-	if err := d.ours(); err != nil {
-		return err
-	}
-	if ok, err := n.connected(d.index); err != nil || !ok {
-		return errors.Join(fmt.Errorf("%s: the driver says that it is not connected", d.Path()), err)
-	}
-	if err := d.scan(ctx); err != nil {
-		return err
-	}
-	size, err := sysfsSize(d.name())
-	if err != nil {
-		return err
-	}
-	if size != d.Size() {
-		return fmt.Errorf("%s has %d bytes, want %d", d.Path(), size, d.Size())
-	}
-	return nil
+func (d *nbdDevice) Leave() {
+	d.stop()
+	d.driver.forget(d)
 }
 
-// scan opens the device once. The first open after a connect or a change of size scans for a
-// partition table, through us; those after it are free of I/O, so that a later process can look at
-// the device while nobody serves it.
-func (d *nbdDevice) scan(ctx context.Context) error {
-	f, err := openNode(ctx, d.Path(), os.O_RDONLY)
-	if err != nil {
-		return err
+// reconnectPause is how long a connection lives at least that is replaced without a pause.
+const reconnectPause = time.Second
+
+// reconnect gives the kernel a new socket for one that it has lost, and returns our end. last is when
+// that connection began. It goes on until the kernel has taken one, for at most wait: after that the
+// kernel may have failed requests.
+func (d *nbdDevice) reconnect(ctx context.Context, wait time.Duration, last time.Time) (net.Conn, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, wait, fmt.Errorf("%s: no server for too long: %w", d.path(), ErrDeviceDead))
+	defer cancel()
+	if time.Since(last) < reconnectPause { // one that the kernel drops again and again
+		select {
+		case <-time.After(reconnectPause):
+		case <-ctx.Done():
+		}
 	}
-	return f.Close()
+	var conn net.Conn
+	var refused error
+	err := poll(ctx, func() (bool, error) {
+		if err := d.ours(); err != nil {
+			return false, err
+		}
+		var taken bool
+		conn, taken, refused = d.offer()
+		return taken, nil
+	})
+	if err == nil && ctx.Err() != nil {
+		err = conn.Close() // too late
+	}
+	if ctx.Err() != nil {
+		return nil, errors.Join(context.Cause(ctx), err, refused)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := d.setIOTimeout(nbdIOTimeout); err != nil {
+		klog.FromContext(ctx).Error(err, "set the timeout of requests", "device", d.path())
+	}
+	return conn, nil
 }
 
-// ours returns nil when the index still belongs to this device: an index is used again.
-func (d *nbdDevice) ours() error {
-	backend, err := sysfsValue(d.name(), "backend")
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s: no backend identifier (disconnected, or a kernel before 5.14): %w", d.Path(), ErrDeviceGone)
-	} else if err != nil {
-		return err
+// offer gives the kernel one new socket. The kernel takes it only for a socket that it has marked dead; when
+// it has marked none it drops the new one and calls that success. What proves that it was taken is
+// that the kernel holds it: ours is closed then, and the server's end has not ended.
+func (d *nbdDevice) offer() (conn net.Conn, taken bool, err error) {
+	client, server, err := socketPair()
+	if err != nil {
+		return nil, false, err
 	}
-	if backend != d.id {
-		return fmt.Errorf("%s: its backend is %q, not %q: %w", d.Path(), backend, d.id, ErrDeviceGone)
+	defer func() {
+		if !taken {
+			server.Close()
+		}
+	}()
+	n, err := dialNBD()
+	if err != nil {
+		client.Close()
+		return nil, false, err
 	}
-	return nil
+	defer n.close()
+	err = n.reconfigure(nbdReconfig{nbdPlace: d.nbdPlace, socket: int(client.Fd()), deadConnTimeout: d.driver.timeout})
+	if err := errors.Join(err, client.Close()); err != nil {
+		return nil, false, err
+	}
+	ended, err := hasEnded(server)
+	return server, err == nil && !ended, err
 }
 
 func (d *nbdDevice) Health() error {
 	if err := d.ours(); err != nil {
 		return err
 	}
-	select {
-	case <-d.done:
-		return fmt.Errorf("%s: %w", d.Path(), ErrDeviceDead)
-	default:
-		return nil
+	if !d.live.Load() {
+		return fmt.Errorf("%s: %w", d.path(), ErrDeviceDead)
 	}
+	return nil
 }
 
 func (d *nbdDevice) Resize(ctx context.Context, size int64) error {
@@ -122,28 +164,13 @@ func (d *nbdDevice) Resize(ctx context.Context, size int64) error {
 	defer d.mu.Unlock()
 	err := checkResize(d, d.opts, d.backend, size)
 	if err == nil {
-		err = d.resize(ctx, size)
+		_, err = nbdResize(ctx, nbdSize{d.nbdPlace, size})
 	}
 	if err != nil {
 		return fmt.Errorf("resize %q: %w", d.opts.ID, err)
 	}
-	return nil
-}
-
-func (d *nbdDevice) resize(ctx context.Context, size int64) error {
-	n, err := dialNBD()
-	if err != nil {
-		return err
-	}
-	defer n.close()
-	if err := n.reconfigure(nbdReconfig{index: d.index, backend: d.id, size: size, socket: -1}); err != nil {
-		return err
-	}
-	if got, err := sysfsSize(d.name()); err != nil || got != size {
-		return errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", d.Path(), got, size), err)
-	}
 	d.size.Store(size)
-	return d.scan(ctx)
+	return nil
 }
 
 func (d *nbdDevice) Detach(ctx context.Context) error {
@@ -152,90 +179,18 @@ func (d *nbdDevice) Detach(ctx context.Context) error {
 	if d.detached {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, detachWait)
-	defer cancel()
 	dead := errors.Is(d.Health(), ErrDeviceDead)
-	lost, err := d.disconnect(ctx, !dead)
-	d.lost = errors.Join(d.lost, lost)
+	lost, err := d.driver.remove(ctx, d.nbdPlace, !dead)
+	if lost != "" {
+		d.lost = errors.Join(d.lost, fmt.Errorf("%w: %s", ErrNotFlushed, lost))
+	}
 	if err != nil {
 		return err
 	}
-	d.stop()
+	d.Leave()
 	d.detached = true
 	if err := d.backend.Flush(); err != nil {
 		d.lost = errors.Join(d.lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))
 	}
 	return d.lost
-}
-
-// disconnect takes the device apart when nobody has it open, after writing back what the kernel
-// holds for it when writeBack is set. It waits for openers until ctx ends, then returns
-// ErrDeviceBusy with the device as it was. A device that is not ours any more is success. lost is
-// ErrNotFlushed when the write back failed, which the kernel tells once: the device is disconnected
-// all the same, unless err says otherwise.
-func (d *nbdDevice) disconnect(ctx context.Context, writeBack bool) (lost, err error) {
-	if err := d.ours(); err != nil {
-		return nil, ignoring(err, ErrDeviceGone)
-	}
-	dev, err := d.claim(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer dev.Close()
-	// From here on nobody can mount the device.
-	if err := d.ours(); err != nil {
-		return nil, ignoring(err, ErrDeviceGone)
-	}
-	if writeBack {
-		if err := dev.Sync(); err != nil {
-			lost = fmt.Errorf("write back %s: %w: %w", d.Path(), ErrNotFlushed, err)
-		}
-	}
-	n, err := dialNBD()
-	if err != nil {
-		return lost, err
-	}
-	defer n.close()
-	if err := n.disconnect(d.index); err != nil {
-		return lost, err
-	}
-	dev.Close() // the last reference to the connection is that of the open descriptor
-	err = poll(ctx, func() (bool, error) {
-		_, err := sysfsValue(d.name(), "pid")
-		return errors.Is(err, fs.ErrNotExist), ignoring(err, fs.ErrNotExist)
-	})
-	if err != nil {
-		return lost, fmt.Errorf("wait for the end of %s: %w", d.Path(), err)
-	}
-	return lost, nil
-}
-
-// claim opens the device as its only opener.
-func (d *nbdDevice) claim(ctx context.Context) (*os.File, error) {
-	var dev *os.File
-	err := poll(ctx, func() (bool, error) {
-		f, err := openExclusive(d.Path())
-		if errors.Is(err, unix.EBUSY) {
-			return false, nil
-		} else if err != nil {
-			return false, err
-		}
-		if busy, err := openedElsewhere(d.Path()); busy || err != nil {
-			return false, errors.Join(err, f.Close())
-		}
-		dev = f
-		return true, nil
-	})
-	if err != nil && ctx.Err() != nil {
-		return nil, fmt.Errorf("%s: %w", d.Path(), ErrDeviceBusy)
-	}
-	return dev, err
-}
-
-// ignoring is err without target.
-func ignoring(err, target error) error {
-	if errors.Is(err, target) {
-		return nil
-	}
-	return err
 }

@@ -63,20 +63,18 @@ const nbdAnyIndex = math.MaxUint32
 
 // An nbdConfig is what CONNECT tells the kernel.
 type nbdConfig struct {
-	index           uint32 // or nbdAnyIndex
-	size            int64
-	blockSize       int
-	flags           TransmissionFlags
-	deadConnTimeout time.Duration // whole seconds
-	backend         string
-	socket          int // descriptor of the client end
+	Index           uint32 // or nbdAnyIndex
+	Size            int64
+	BlockSize       int
+	Flags           TransmissionFlags
+	DeadConnTimeout time.Duration // whole seconds
+	Backend         string
 }
 
-// An nbdReconfig is what RECONFIGURE changes. The kernel compares backend with what CONNECT gave
+// An nbdReconfig is what RECONFIGURE changes. The kernel compares the backend with what CONNECT gave
 // before it does anything.
 type nbdReconfig struct {
-	index   uint32
-	backend string
+	nbdPlace
 
 	// size, when not 0, is the new size. It must not be set while no server is connected: the
 	// kernel freezes the queue for it, behind requests that wait for one.
@@ -113,20 +111,20 @@ func dialNBD() (*nbdNetlink, error) {
 
 func (n *nbdNetlink) close() error { return n.conn.Close() }
 
-// connect makes a device and returns its index. The server must be serving the other end of
-// the socket already: the kernel may read the device before it answers.
-func (n *nbdNetlink) connect(c nbdConfig) (uint32, error) {
+// connect makes a device over the descriptor socket and returns its index. The server must be serving
+// the other end already: the kernel may read the device before it answers.
+func (n *nbdNetlink) connect(c nbdConfig, socket int) (uint32, error) {
 	ae := netlink.NewAttributeEncoder()
-	if c.index != nbdAnyIndex {
-		ae.Uint32(nbdAttrIndex, c.index)
+	if c.Index != nbdAnyIndex {
+		ae.Uint32(nbdAttrIndex, c.Index)
 	}
-	ae.Uint64(nbdAttrSizeBytes, uint64(c.size))
-	ae.Uint64(nbdAttrBlockSizeBytes, uint64(c.blockSize))
+	ae.Uint64(nbdAttrSizeBytes, uint64(c.Size))
+	ae.Uint64(nbdAttrBlockSizeBytes, uint64(c.BlockSize))
 	ae.Uint64(nbdAttrTimeout, 0)
-	ae.Uint64(nbdAttrServerFlags, uint64(c.flags))
-	ae.Uint64(nbdAttrDeadConnTimeout, uint64(c.deadConnTimeout/time.Second))
-	ae.String(nbdAttrBackendIdentifier, c.backend)
-	encodeSocket(ae, c.socket)
+	ae.Uint64(nbdAttrServerFlags, uint64(c.Flags))
+	ae.Uint64(nbdAttrDeadConnTimeout, uint64(c.DeadConnTimeout/time.Second))
+	ae.String(nbdAttrBackendIdentifier, c.Backend)
+	encodeSocket(ae, socket)
 	// No acknowledgement is asked for: the answer is one.
 	answer, err := n.execute(nbdCmdConnect, 0, ae)
 	if err != nil {
@@ -159,8 +157,8 @@ func (n *nbdNetlink) disconnect(index uint32) error {
 // reconfigure changes a connected device.
 func (n *nbdNetlink) reconfigure(r nbdReconfig) error {
 	ae := netlink.NewAttributeEncoder()
-	ae.Uint32(nbdAttrIndex, r.index)
-	ae.String(nbdAttrBackendIdentifier, r.backend)
+	ae.Uint32(nbdAttrIndex, r.Index)
+	ae.String(nbdAttrBackendIdentifier, r.Backend)
 	if r.size != 0 {
 		ae.Uint64(nbdAttrSizeBytes, uint64(r.size))
 	}

@@ -48,8 +48,8 @@ func TestNBDRequests(t *testing.T) {
 		{
 			name: "CONNECT",
 			call: func(n *nbdNetlink) error {
-				_, err := n.connect(nbdConfig{index: nbdAnyIndex, size: 1 << 30, blockSize: 512, flags: FlagHasFlags | FlagSendFlush,
-					deadConnTimeout: 300 * time.Second, backend: "v.1", socket: 7})
+				_, err := n.connect(nbdConfig{Index: nbdAnyIndex, Size: 1 << 30, BlockSize: 512, Flags: FlagHasFlags | FlagSendFlush,
+					DeadConnTimeout: 300 * time.Second, Backend: "v.1"}, 7)
 				return err
 			},
 			command: 1,
@@ -73,7 +73,7 @@ func TestNBDRequests(t *testing.T) {
 		{
 			name: "RECONFIGURE with a size",
 			call: func(n *nbdNetlink) error {
-				return n.reconfigure(nbdReconfig{index: 3, backend: "v.1", size: 1 << 20, socket: -1})
+				return n.reconfigure(nbdReconfig{nbdPlace: nbdPlace{3, "v.1"}, size: 1 << 20, socket: -1})
 			},
 			command: 3,
 			ack:     true,
@@ -82,7 +82,7 @@ func TestNBDRequests(t *testing.T) {
 		{
 			name: "RECONFIGURE with a socket: neither SIZE nor TIMEOUT",
 			call: func(n *nbdNetlink) error {
-				return n.reconfigure(nbdReconfig{index: 3, backend: "v.1", socket: 7, deadConnTimeout: 300 * time.Second})
+				return n.reconfigure(nbdReconfig{nbdPlace: nbdPlace{3, "v.1"}, socket: 7, deadConnTimeout: 300 * time.Second})
 			},
 			command: 3,
 			ack:     true,
@@ -131,7 +131,7 @@ func TestNBDAnswers(t *testing.T) {
 			return []genetlink.Message{{Header: g.Header, Data: data}}, nil
 		})
 	}
-	if got, err := answering(index).connect(nbdConfig{index: nbdAnyIndex}); got != 9 || err != nil {
+	if got, err := answering(index).connect(nbdConfig{Index: nbdAnyIndex}, 0); got != 9 || err != nil {
 		t.Errorf("CONNECT: index %d, %v; want 9", got, err)
 	}
 	for i, want := range []bool{false, true} {
@@ -142,16 +142,16 @@ func TestNBDAnswers(t *testing.T) {
 	if _, err := answering(list).connected(2); err == nil {
 		t.Error("STATUS of a device that is not in the answer: no error")
 	}
-	if _, err := answering(nil).connect(nbdConfig{}); err == nil {
+	if _, err := answering(nil).connect(nbdConfig{}, 0); err == nil {
 		t.Error("CONNECT with an empty answer: no error")
 	}
 	cut := slices.Clone(index)
 	cut[0] = 200 // the length of the attribute is beyond the end
-	if _, err := answering(cut).connect(nbdConfig{}); err == nil {
+	if _, err := answering(cut).connect(nbdConfig{}, 0); err == nil {
 		t.Error("CONNECT with a cut answer: no error")
 	}
 	silent := fakeNBD(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) { return nil, io.EOF })
-	if _, err := silent.connect(nbdConfig{}); err == nil {
+	if _, err := silent.connect(nbdConfig{}, 0); err == nil {
 		t.Error("CONNECT without an answer: no error")
 	}
 	refusing := fakeNBD(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
