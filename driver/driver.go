@@ -99,9 +99,14 @@ func New(ctx context.Context, o Options) (*Driver, error) {
 
 // Register adds the CSI services to a server made with ServerOptions.
 func (d *Driver) Register(s *grpc.Server) {
+	d.RegisterController(s)
+	csi.RegisterNodeServer(s, nodeServer{Driver: d})
+}
+
+// RegisterController adds the services that a CO calls from anywhere.
+func (d *Driver) RegisterController(s *grpc.Server) {
 	csi.RegisterIdentityServer(s, identityServer{Driver: d})
 	csi.RegisterControllerServer(s, controllerServer{Driver: d})
-	csi.RegisterNodeServer(s, nodeServer{Driver: d})
 }
 
 // ServerOptions are what the gRPC server of Register needs.

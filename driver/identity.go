@@ -16,7 +16,7 @@ type identityServer struct {
 
 // GetPluginInfo implements csi.IdentityServer.
 func (s identityServer) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
-	return &csi.GetPluginInfoResponse{Name: s.opts.Name, VendorVersion: s.opts.Version}, nil
+	return &csi.GetPluginInfoResponse{Name: s.opts.Name, VendorVersion: s.opts.Version, Manifest: s.manifest()}, nil
 }
 
 // GetPluginCapabilities implements csi.IdentityServer.

@@ -18,11 +18,11 @@ import (
 // The interceptors of every RPC, outermost first: log sees the status that
 // leaves, toStatus sees every error, recover turns a panic into one.
 func (d *Driver) interceptors() grpc.ServerOption {
-	return grpc.ChainUnaryInterceptor(logCalls, makeStatus, d.calls.admit, recoverPanics, checkLimits)
+	return grpc.ChainUnaryInterceptor(LogCalls, makeStatus, d.calls.admit, recoverPanics, checkLimits)
 }
 
-// logCalls logs each RPC with its secrets stripped, and its result.
-func logCalls(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// LogCalls logs each RPC with its secrets stripped, and its result.
+func LogCalls(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	log := klog.FromContext(ctx).WithValues("method", path.Base(info.FullMethod))
 	log.V(4).Info("call", "request", loggable(req))
 	begin := time.Now()

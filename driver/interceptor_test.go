@@ -121,7 +121,7 @@ func TestSecretsAreNotLogged(t *testing.T) {
 			VolumeContext: map[string]string{tokensKey: "hush", "other": "kept"}},
 		&csi.NodeStageVolumeRequest{VolumeId: "the name", VolumeContext: map[string]string{tokensKey: "hush"}},
 	} {
-		_, err := logCalls(klog.NewContext(t.Context(), log), req, info, func(context.Context, any) (any, error) { return nil, errors.New("x") })
+		_, err := LogCalls(klog.NewContext(t.Context(), log), req, info, func(context.Context, any) (any, error) { return nil, errors.New("x") })
 		if err == nil {
 			t.Error("no error")
 		}

@@ -67,19 +67,5 @@ func Listen(path string) (net.Listener, error) {
 func (d *Driver) Serve(ctx context.Context, l net.Listener, drain time.Duration) error {
 	s := grpc.NewServer(d.ServerOptions()...)
 	d.Register(s)
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(l) }() // ends when s stops
-	select {
-	case err := <-served:
-		return err
-	case <-ctx.Done():
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), drain)
-	defer cancel()
-	err := d.Drain(ctx)
-	s.Stop()
-	if serveErr := <-served; !errors.Is(serveErr, grpc.ErrServerStopped) { // it had not begun yet
-		err = errors.Join(err, serveErr)
-	}
-	return err
+	return d.serve(ctx, s, l, drain)
 }

@@ -6,8 +6,11 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
 
-// topologyKey is the label of a node whose value is its node ID.
-func (d *Driver) topologyKey() string { return "topology." + d.opts.Name + "/node" }
+// TopologyKey is the label of a node whose value is its node ID, for the
+// driver called name.
+func TopologyKey(name string) string { return "topology." + name + "/node" }
+
+func (d *Driver) topologyKey() string { return TopologyKey(d.opts.Name) }
 
 // topology says where the volumes of this driver can be used: here.
 func (d *Driver) topology() *csi.Topology {
