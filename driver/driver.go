@@ -21,6 +21,7 @@ const DefaultName = "csi-qcow2.dev"
 // An Attacher makes devices of images; *nbdexport.Attacher is the one in use.
 type Attacher interface {
 	Attach(ctx context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error)
+	Reattach(ctx context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error)
 	Stale(ctx context.Context) ([]nbdexport.StaleDevice, error)
 }
 
@@ -34,6 +35,11 @@ type Options struct {
 	Attacher   Attacher
 	Host       Host
 	RunDir     string // for hints; must exist and belong to this process
+	// CacheID names the cache of the pools. It stays the same for the next process if that
+	// finds there all that this one has not written to the images.
+	CacheID string
+	// Warnings, of how this process runs, are shown by NodeGetStorageHealth.
+	Warnings []string
 }
 
 // driverName is a domain name as CSI wants it: at most 63 bytes.
@@ -69,12 +75,14 @@ type Driver struct {
 	probes probes
 	work   sync.WaitGroup // detached changes
 
+	returning []returning // until Restore
+
 	mu     sync.Mutex
 	staged map[string]*stagedVolume // by volume ID; guarded by mu
 }
 
 // New returns a Driver that knows what a predecessor with the same run
-// directory had staged.
+// directory had staged. Restore goes on with it.
 func New(ctx context.Context, o Options) (*Driver, error) {
 	if o.Name == "" {
 		o.Name = DefaultName
@@ -91,7 +99,7 @@ func New(ctx context.Context, o Options) (*Driver, error) {
 		return nil, fmt.Errorf("driver: run directory: %w", err)
 	}
 	d := &Driver{opts: o, pools: pools, runDir: dir, staged: make(map[string]*stagedVolume)}
-	if err := d.recover(ctx); err != nil {
+	if err := d.recall(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("driver: %w", err), dir.Close())
 	}
 	return d, nil
@@ -132,19 +140,28 @@ func (d *Driver) Drain(ctx context.Context) error {
 	}
 }
 
-// Close flushes and lets go of the images of staged volumes. Their devices get
-// no answer any more; the next process finds them through its hints.
+// Close flushes and lets go of the staged volumes. The kernel keeps their nbd devices for the
+// next process, see Restore.
 func (d *Driver) Close() error {
 	d.mu.Lock()
 	staged := d.staged
 	d.staged = make(map[string]*stagedVolume)
 	d.mu.Unlock()
-	var errs []error
-	for _, v := range staged {
-		if v.disk != nil {
-			errs = append(errs, v.disk.Image.Flush(), v.disk.Close())
-		}
+	for _, r := range d.returning { // Restore was not called
+		r.unlock()
 	}
+	var workers sync.WaitGroup
+	var mu sync.Mutex
+	var errs []error // guarded by mu
+	for _, v := range staged {
+		workers.Go(func() {
+			err := d.leave(v)
+			mu.Lock()
+			defer mu.Unlock()
+			errs = append(errs, err)
+		})
+	}
+	workers.Wait()
 	return errors.Join(append(errs, d.runDir.Close())...)
 }
 

@@ -147,6 +147,8 @@ func (k *kernel) usedLocked(d *fakeDevice) bool {
 	return d.held
 }
 
+func (d *fakeDevice) Leave() {}
+
 func (d *fakeDevice) Health() error {
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()
@@ -169,6 +171,23 @@ func (k fakeAttacher) Attach(_ context.Context, b nbdexport.Backend, o nbdexport
 	d := &fakeDevice{k: k.kernel, id: o.ID, path: fmt.Sprintf("/dev/fake%d", k.next), number: k.next, size: b.Size(), backend: b, ro: o.ReadOnly}
 	k.devices[d.path] = d
 	return d, k.stepLocked()
+}
+
+// Reattach finds the device of a predecessor that the kernel has kept.
+func (k fakeAttacher) Reattach(_ context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, d := range k.devices {
+		if d.id != o.ID || d.dead {
+			continue
+		}
+		if err := k.stepLocked(); err != nil {
+			return nil, err
+		}
+		d.backend = b
+		return d, k.stepLocked()
+	}
+	return nil, nbdexport.ErrDeviceGone
 }
 
 func (k fakeAttacher) Stale(context.Context) ([]nbdexport.StaleDevice, error) {
@@ -355,6 +374,7 @@ func (r *rig) start() {
 		r.t.Fatal(err)
 	}
 	d.runDir.SetStep(r.kernel.step)
+	d.Restore(r.t.Context())
 	socket := filepath.Join(r.dir, "s")
 	l, err := Listen(socket)
 	if err != nil {

@@ -13,12 +13,14 @@ import (
 
 // Reasons of the health RPCs, in CamelCase for machines.
 const (
-	reasonDeviceLost    = "DeviceLost"    // the device has no server; staging again repairs it
-	reasonRecordDamaged = "RecordDamaged" // a record or header of the volume does not decode
-	reasonImageCorrupt  = "ImageCorrupt"  // a structure of the image contradicts itself
-	reasonImageFailed   = "ImageFailed"   // the image could not be opened, written or closed
+	reasonDeviceLost    = "DeviceLost"      // the device has no server; staging again repairs it
+	reasonReturning     = "DeviceReturning" // the node process was restarted and is taking the device over
+	reasonRecordDamaged = "RecordDamaged"   // a record or header of the volume does not decode
+	reasonImageCorrupt  = "ImageCorrupt"    // a structure of the image contradicts itself
+	reasonImageFailed   = "ImageFailed"     // the image could not be opened, written or closed
 	reasonPoolFull      = "PoolFull"
 	reasonPoolUnread    = "PoolUnreachable"
+	reasonUnprotected   = "ProcessUnprotected" // the node process may hang when memory is short
 )
 
 // poolLowPercent is the share of a pool's space below which it counts as degraded.
@@ -50,10 +52,14 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 	}
 	if v := d.stagedVolume(id); v != nil {
 		if loss := d.lossOf(v); loss != nil {
-			h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+			e := &csi.VolumeHealth_VolumeHealthEntry{
 				Status: csi.VolumeHealthErrorType_INACCESSIBLE, Reason: reasonDeviceLost,
 				Message: fmt.Sprintf("device %s: %v", v.hint.Device, loss),
-			})
+			}
+			if errors.Is(loss, errReturning) {
+				e.Status, e.Reason = csi.VolumeHealthErrorType_DEGRADED, reasonReturning
+			}
+			h.HealthStatuses = append(h.HealthStatuses, e)
 		}
 	}
 	return h, nil
@@ -116,9 +122,13 @@ func (d *Driver) unhealthy(pool *volume.Pool, token string, limit int) ([]*csi.V
 	return all, "", nil
 }
 
-// NodeGetStorageHealth implements csi.NodeServer: the pools of this node.
+// NodeGetStorageHealth implements csi.NodeServer: the pools of this node, and its process.
 func (s nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	resp := &csi.NodeGetStorageHealthResponse{}
+	for _, w := range s.opts.Warnings {
+		resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+			Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: reasonUnprotected, Message: w})
+	}
 	for _, pool := range s.pools.all() {
 		c, err := s.poolCapacity(ctx, pool)
 		switch {

@@ -10,12 +10,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	mount "k8s.io/mount-utils"
+
+	"csi-qcow2/internal/aside"
 )
 
 // linuxHost is the operating system.
@@ -57,34 +61,62 @@ func (h linuxHost) Mount(source, target, fstype string, options []string) error 
 	return h.mounter.MountSensitiveWithoutSystemd(source, target, fstype, options, nil)
 }
 
-// Unmount implements Host. It asks the kernel itself: umount(8) would look at
-// the mount first, which can hang when its device is dead.
+// What may wait for a device of ours is done by a child: see package aside.
+var (
+	unmountAside     = aside.Op("unmount", unmount)
+	syncAside        = aside.Op("sync filesystem", syncFilesystem)
+	usageAside       = aside.Op("filesystem usage", usage)
+	setReadOnlyAside = aside.Op("set read-only", setReadOnly)
+	readEndsAside    = aside.Op("read ends", readEnds)
+)
+
+// Unmount implements Host.
 func (linuxHost) Unmount(target string, lazy bool) error {
-	flags := unix.UMOUNT_NOFOLLOW
-	if lazy {
-		flags |= unix.MNT_DETACH
-	}
-	if err := unix.Unmount(target, flags); err != nil {
-		return &fs.PathError{Op: "unmount", Path: target, Err: err}
-	}
-	return nil
+	_, err := unmountAside(context.Background(), unmounting{target, lazy})
+	return err
 }
 
 // Sync implements Host.
 func (linuxHost) Sync(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		return &fs.PathError{Op: "syncfs", Path: path, Err: err}
-	}
-	return nil
+	_, err := syncAside(context.Background(), path)
+	return err
 }
 
 // Usage implements Host.
-func (linuxHost) Usage(path string) (Usage, error) {
+func (linuxHost) Usage(path string) (Usage, error) { return usageAside(context.Background(), path) }
+
+// An unmounting is what Unmount is asked for.
+type unmounting struct {
+	Target string
+	Lazy   bool
+}
+
+// unmount asks the kernel itself: umount(8) would look at the mount first, which can hang when its
+// device is dead.
+func unmount(u unmounting, _ []*os.File) (struct{}, error) {
+	flags := unix.UMOUNT_NOFOLLOW
+	if u.Lazy {
+		flags |= unix.MNT_DETACH
+	}
+	if err := unix.Unmount(u.Target, flags); err != nil {
+		return struct{}{}, &fs.PathError{Op: "unmount", Path: u.Target, Err: err}
+	}
+	return struct{}{}, nil
+}
+
+func syncFilesystem(path string, _ []*os.File) (struct{}, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return struct{}{}, err
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return struct{}{}, &fs.PathError{Op: "syncfs", Path: path, Err: err}
+	}
+	return struct{}{}, nil
+}
+
+func usage(path string, _ []*os.File) (Usage, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
 		return Usage{}, &fs.PathError{Op: "statfs", Path: path, Err: err}
@@ -116,19 +148,30 @@ func (linuxHost) DeviceNumber(path string) (uint64, error) {
 
 // SetReadOnly implements Host.
 func (linuxHost) SetReadOnly(device string, readOnly bool) error {
-	f, err := os.Open(device)
+	_, err := setReadOnlyAside(context.Background(), deviceMode{device, readOnly})
+	return err
+}
+
+// A deviceMode is what SetReadOnly is asked for.
+type deviceMode struct {
+	Device   string
+	ReadOnly bool
+}
+
+func setReadOnly(m deviceMode, _ []*os.File) (struct{}, error) {
+	f, err := os.Open(m.Device)
 	if err != nil {
-		return err
+		return struct{}{}, err
 	}
 	defer f.Close()
 	value := 0
-	if readOnly {
+	if m.ReadOnly {
 		value = 1
 	}
 	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.BLKROSET, value); err != nil {
-		return &fs.PathError{Op: "BLKROSET", Path: device, Err: err}
+		return struct{}{}, &fs.PathError{Op: "BLKROSET", Path: m.Device, Err: err}
 	}
-	return nil
+	return struct{}{}, nil
 }
 
 // endBytes is how much ReadEnds reads at each end.
@@ -136,28 +179,33 @@ const endBytes = 1 << 20
 
 // ReadEnds implements Host.
 func (linuxHost) ReadEnds(device string) error {
+	_, err := readEndsAside(context.Background(), device)
+	return err
+}
+
+func readEnds(device string, _ []*os.File) (struct{}, error) {
 	f, err := os.OpenFile(device, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return struct{}{}, err
 	}
 	defer f.Close()
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
-		return err
+		return struct{}{}, err
 	}
 	// A mapping is aligned as O_DIRECT wants its memory.
 	buf, err := unix.Mmap(-1, 0, endBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
-		return err
+		return struct{}{}, err
 	}
 	defer unix.Munmap(buf)
 	n := min(int64(endBytes), size)
 	for _, off := range []int64{0, size - n} {
 		if _, err := f.ReadAt(buf[:n], off); err != nil {
-			return fmt.Errorf("read %d bytes at %#x: %w", n, off, err)
+			return struct{}{}, fmt.Errorf("read %d bytes at %#x: %w", n, off, err)
 		}
 	}
-	return nil
+	return struct{}{}, nil
 }
 
 // A ToolError is a program that failed.
@@ -184,6 +232,11 @@ func runTool(ctx context.Context, name string, args ...string) error {
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
+	// When this process is killed the program ends too: a successor starts it again. It is killed when this
+	// thread dies, which does not outlive the process.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	err := cmd.Run()
 	if err == nil {
 		return nil

@@ -79,7 +79,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err != nil {
 		return nil, err
 	}
-	want.BootID = boot
+	want.BootID, want.Cache = boot, d.opts.CacheID
 	want.Generation = max(want.Generation+1, time.Now().UnixMilli())
 	v := &stagedVolume{hint: want}
 	disk, err := pool.Open(ctx, want.Volume)
@@ -95,9 +95,8 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(v); err != nil { // before the kernel knows of it
 		return nil, errors.Join(err, disk.Close())
 	}
-	device, err := d.opts.Attacher.Attach(ctx,
-		imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO}),
-		nbdexport.DeviceOptions{ID: want.deviceID(), ReadOnly: want.Block && want.readOnly(), Discard: vol.Params.Discard})
+	backend, options := exported(disk, vol, &want)
+	device, err := d.opts.Attacher.Attach(ctx, backend, options)
 	if err != nil {
 		return nil, errors.Join(err, disk.Close(), d.forget(want.Volume))
 	}
@@ -109,6 +108,13 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	}
 	klog.FromContext(ctx).V(2).Info("attached", "volumeID", want.Volume, "device", device.Path(), "kind", device.Kind(), "generation", want.Generation)
 	return attached, nil
+}
+
+// exported returns what a device is made of: the same for the process that attaches it and for one that
+// reattaches it.
+func exported(disk *volume.Disk, vol volume.Volume, h *stageHint) (nbdexport.Backend, nbdexport.DeviceOptions) {
+	return imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO}),
+		nbdexport.DeviceOptions{ID: h.deviceID(), ReadOnly: h.Block && h.readOnly(), Discard: vol.Params.Discard}
 }
 
 // checkLimit refuses one more staged volume than the node may have.

@@ -25,6 +25,8 @@ type stageHint struct {
 	BootID      string            `json:"bootID"`     // the boot that it was written in
 	Generation  int64             `json:"generation"` // of the attach: rises with each, also across restarts
 	Device      string            `json:"device,omitempty"`
+	Cache       string            `json:"cache"`          // Options.CacheID of what was written and not flushed
+	Lost        bool              `json:"lost,omitempty"` // something that was written is lost: only a new stage helps
 	StagingPath string            `json:"stagingPath"`
 	Block       bool              `json:"block,omitempty"`
 	Mode        string            `json:"mode"`             // access mode
@@ -67,15 +69,13 @@ type stagedVolume struct {
 	hint   stageHint
 	disk   *volume.Disk     // nil when lost
 	device nbdexport.Device // nil when lost
+	loss   error            // why device is nil
 }
 
-// errLost explains a staged volume without a device.
-var errLost = errors.New("its device was served by a process that has ended; stage it again")
-
-// lossOf returns why requests to v fail, or nil while they are served.
+// lossOf returns why requests to v fail or wait, or nil while they are served.
 func (d *Driver) lossOf(v *stagedVolume) error {
 	if v.device == nil {
-		return errLost
+		return v.loss
 	}
 	return v.device.Health()
 }
@@ -124,59 +124,6 @@ func (v *stagedVolume) withTargets() *stagedVolume {
 		next.hint.Targets[path] = t
 	}
 	return &next
-}
-
-// recover reads the hints of a predecessor and cleans up what of its devices
-// nothing holds. What is still mounted waits for stage or unstage.
-func (d *Driver) recover(ctx context.Context) error {
-	if err := d.runDir.Mkdir(hintsDir); err != nil {
-		return err
-	}
-	if err := d.runDir.RemoveTemporary(hintsDir); err != nil {
-		return err
-	}
-	names, err := d.runDir.List(hintsDir)
-	if err != nil {
-		return err
-	}
-	boot, err := bootID()
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		id := strings.TrimSuffix(name, ".json")
-		if err := d.recoverHint(ctx, id, boot); err != nil {
-			return fmt.Errorf("staged volume %q: %w", id, err)
-		}
-	}
-	// What a hint knows is still mounted most likely: it waits for stage or unstage.
-	return d.cleanStale(ctx, func(deviceID string) bool {
-		for _, v := range d.staged {
-			if v.hint.deviceID() == deviceID {
-				return false
-			}
-		}
-		return true
-	})
-}
-
-func (d *Driver) recoverHint(ctx context.Context, id, boot string) error {
-	log := klog.FromContext(ctx)
-	var hint stageHint
-	err := durable.ReadRecord(d.runDir, hintName(id), hintKind, hintVersion, &hint)
-	switch {
-	case errors.Is(err, durable.ErrDamaged), err == nil && hint.Volume != id:
-		// The kernel is the truth: stage looks at the mounts anyway.
-		log.Error(err, "dropping a damaged hint", "volumeID", id)
-		return d.runDir.Remove(hintsDir + "/" + id + ".json")
-	case err != nil:
-		return err
-	case hint.BootID != boot:
-		return d.runDir.Remove(hintName(id)) // nothing of it is left
-	}
-	log.Info("volume was staged by a process that has ended", "volumeID", id, "stagingPath", hint.StagingPath, "device", hint.Device)
-	d.staged[id] = &stagedVolume{hint: hint}
-	return nil
 }
 
 // staleTimeout bounds how long one device of an ended process is waited for:

@@ -132,18 +132,22 @@ func (a *Attacher) Attach(ctx context.Context, b Backend, o DeviceOptions) (Devi
 	return a.enter("attach", b, o, func(o DeviceOptions) (Device, error) { return a.drivers[a.kind].attach(ctx, b, o) })
 }
 
-// Reattach goes on with the device of kind that an ended process of the same run-dir has attached
-// with o.ID, and that the kernel has kept: with the same options, and a backend that has all that was
+// Reattach goes on with the device that an ended process of the same run-dir has attached with o.ID,
+// and that the kernel has kept: with the same options, and a backend that has all that was
 // acknowledged. When it returns, requests that have waited are being answered.
 //
 // It returns ErrDeviceGone when there is no such device, and ErrDeviceDead for one that has lost
 // requests for want of a server. Ending ctx gives the attempt up.
-func (a *Attacher) Reattach(ctx context.Context, kind string, b Backend, o DeviceOptions) (Device, error) {
-	driver := a.drivers[kind]
-	if driver == nil {
-		return nil, fmt.Errorf("reattach %q: device kind %q: %w", o.ID, kind, ErrDeviceGone)
-	}
-	return a.enter("reattach", b, o, func(o DeviceOptions) (Device, error) { return driver.reattach(ctx, b, o) })
+func (a *Attacher) Reattach(ctx context.Context, b Backend, o DeviceOptions) (Device, error) {
+	return a.enter("reattach", b, o, func(o DeviceOptions) (Device, error) {
+		dev, err := a.drivers[KindNBD].reattach(ctx, b, o)
+		if errors.Is(err, ErrDeviceGone) {
+			var fuseErr error
+			dev, fuseErr = a.drivers[KindFUSE].reattach(ctx, b, o)
+			err = errors.Join(ignoring(err, ErrDeviceGone), fuseErr)
+		}
+		return dev, err
+	})
 }
 
 // enter makes a device of b by connect and takes it into the table.

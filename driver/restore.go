@@ -1,0 +1,170 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"k8s.io/klog/v2"
+
+	"csi-qcow2/internal/durable"
+	"csi-qcow2/nbdexport"
+)
+
+// Why a staged volume has no device.
+var (
+	errReturning = fmt.Errorf("%w: its device waits for this process to take it over", errUnavailable)
+	errLost      = errors.New("its device was served by a process that has ended; stage it again")
+	errCacheLost = errors.New("what was written and not flushed was lost with the cache of a process that has ended; stage it again")
+)
+
+// A returning volume was staged by a predecessor. Its lock is held until it is decided what becomes of it.
+type returning struct {
+	v      *stagedVolume
+	unlock func()
+}
+
+// recall reads the hints of a predecessor. Until Restore has dealt with them, RPCs for those volumes are
+// answered ABORTED or UNAVAILABLE.
+func (d *Driver) recall(ctx context.Context) error {
+	if err := d.runDir.Mkdir(hintsDir); err != nil {
+		return err
+	}
+	if err := d.runDir.RemoveTemporary(hintsDir); err != nil {
+		return err
+	}
+	names, err := d.runDir.List(hintsDir)
+	if err != nil {
+		return err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		id := strings.TrimSuffix(name, ".json")
+		if err := d.recallHint(ctx, id, boot); err != nil {
+			return fmt.Errorf("staged volume %q: %w", id, err)
+		}
+	}
+	return nil
+}
+
+func (d *Driver) recallHint(ctx context.Context, id, boot string) error {
+	log := klog.FromContext(ctx)
+	var hint stageHint
+	err := durable.ReadRecord(d.runDir, hintName(id), hintKind, hintVersion, &hint)
+	switch {
+	case errors.Is(err, durable.ErrDamaged), err == nil && hint.Volume != id:
+		// The kernel is the truth: stage looks at the mounts anyway.
+		log.Error(err, "dropping a damaged hint", "volumeID", id)
+		return d.runDir.Remove(hintName(id))
+	case err != nil:
+		return err
+	case hint.BootID != boot:
+		return d.runDir.Remove(hintName(id)) // nothing of it is left
+	}
+	unlock, _ := d.locks.try(id) // nobody else is there yet
+	v := &stagedVolume{hint: hint, loss: errReturning}
+	d.put(v)
+	d.returning = append(d.returning, returning{v, unlock})
+	return nil
+}
+
+// restoreParallel is how many volumes are restored at once: each waits for its own image.
+const restoreParallel = 16
+
+// Restore takes over the devices of a predecessor: it opens their images and serves them, all volumes
+// at once, so that a slow one holds up no other. What it cannot take over is left to the health RPCs, and
+// to stage and unstage. Then it removes devices that nobody knows and nothing holds. The owner of the
+// driver calls it once; RPCs may be served meanwhile. It returns early when ctx ends.
+func (d *Driver) Restore(ctx context.Context) {
+	var workers sync.WaitGroup
+	slots := make(chan struct{}, restoreParallel)
+	for _, r := range d.returning {
+		slots <- struct{}{}
+		workers.Go(func() {
+			defer func() { <-slots }()
+			defer r.unlock()
+			d.restoreOne(ctx, r.v)
+		})
+	}
+	workers.Wait()
+	d.returning = nil
+	// What a hint knows is still mounted most likely: it waits for stage or unstage.
+	err := d.cleanStale(ctx, func(deviceID string) bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		for _, v := range d.staged {
+			if v.hint.deviceID() == deviceID {
+				return false
+			}
+		}
+		return true
+	})
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "removing devices of ended processes")
+	}
+}
+
+// restoreOne decides what becomes of a volume that was staged. The caller holds its lock.
+func (d *Driver) restoreOne(ctx context.Context, v *stagedVolume) {
+	log := klog.FromContext(ctx).WithValues("volumeID", v.hint.Volume)
+	restored, err := d.reattach(ctx, v)
+	if err != nil {
+		d.put(&stagedVolume{hint: v.hint, loss: err})
+		log.Error(err, "a staged volume has lost its device", "stagingPath", v.hint.StagingPath, "device", v.hint.Device)
+		return
+	}
+	d.put(restored)
+	log.Info("took over a staged volume", "stagingPath", v.hint.StagingPath, "device", restored.hint.Device)
+}
+
+// reattach opens the image of v and serves its device.
+func (d *Driver) reattach(ctx context.Context, v *stagedVolume) (_ *stagedVolume, err error) {
+	if v.hint.Lost || v.hint.Cache != d.opts.CacheID {
+		return nil, errCacheLost
+	}
+	pool, vol, err := d.get(v.hint.Volume)
+	if err != nil {
+		return nil, err
+	}
+	disk, err := pool.Open(ctx, v.hint.Volume)
+	if err != nil {
+		return nil, err
+	}
+	backend, options := exported(disk, vol, &v.hint)
+	device, err := d.opts.Attacher.Reattach(ctx, backend, options)
+	if err != nil {
+		if errors.Is(err, nbdexport.ErrDeviceGone) {
+			err = fmt.Errorf("%w: %w", errLost, err)
+		}
+		return nil, errors.Join(err, disk.Close())
+	}
+	next := &stagedVolume{hint: v.hint, disk: disk, device: device}
+	if next.hint.Device != device.Path() { // the predecessor died before it knew
+		next.hint.Device = device.Path()
+		if err := d.remember(next); err != nil {
+			klog.FromContext(ctx).Error(err, "writing a hint", "volumeID", v.hint.Volume)
+		}
+	}
+	return next, nil
+}
+
+// leave lets go of v for the next process: what was read is answered, the image is flushed and closed, and
+// the kernel keeps the device and later requests.
+func (d *Driver) leave(v *stagedVolume) error {
+	if v.device == nil {
+		return nil
+	}
+	v.device.Leave()
+	err := errors.Join(v.disk.Image.Flush(), v.disk.Close())
+	if err != nil {
+		// What the filesystem believes to be written is not: the next process must not go on as if it were.
+		v.hint.Lost = true
+		err = errors.Join(err, durable.WriteRecord(d.runDir, hintName(v.hint.Volume), hintKind, hintVersion, v.hint))
+	}
+	return err
+}
