@@ -23,6 +23,10 @@ func (p *Pool) createFrom(ctx context.Context, req CreateRequest, rec volumeReco
 		return Volume{}, err
 	}
 	defer unlock()
+	reflink, err := p.mayReflink(owner, req.Params)
+	if err != nil {
+		return Volume{}, err
+	}
 	snap, err := p.sourceSnapshot(ctx, req, rec)
 	if err != nil {
 		return Volume{}, err
@@ -31,6 +35,10 @@ func (p *Pool) createFrom(ctx context.Context, req CreateRequest, rec volumeReco
 		return Volume{}, err
 	}
 	rec.Filesystem = snap.Filesystem
+	rec.Copy.Pending = req.Params.CloneMode == CloneCopy
+	if reflink {
+		return p.createReflink(ctx, rec, owner, snap)
+	}
 	view := viewRef{owner.id, snap.ID}
 	if err := p.checkDepth(owner.id); err != nil {
 		return Volume{}, err
@@ -38,9 +46,11 @@ func (p *Pool) createFrom(ctx context.Context, req CreateRequest, rec volumeReco
 	if err := p.ensureView(ctx, view); err != nil {
 		return Volume{}, err
 	}
-	v, err := p.build(ctx, rec, &view)
+	v, err := p.build(ctx, rec, p.newImage(rec, &view))
 	if err != nil {
 		p.wakeReaper() // of the view and a hidden snapshot without a clone
+	} else if rec.Copy.Pending {
+		p.wakeCopier()
 	}
 	return v, err
 }

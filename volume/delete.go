@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 )
 
@@ -19,6 +21,7 @@ func (p *Pool) Delete(ctx context.Context, id string) error {
 			return err
 		}
 		defer unlock()
+		defer p.pauseCopy(id)()
 		e, err := p.bury(id)
 		if err != nil {
 			return err
@@ -89,33 +92,42 @@ func (p *Pool) DeleteSnapshot(ctx context.Context, id string) error {
 // was busy.
 const reapRetry = 10 * time.Second
 
-// Run removes what nothing needs any more until ctx ends. It is to be called
-// once, after Open.
+// Run removes what nothing needs any more, and copies what volumes of CloneCopy
+// need still, until ctx ends. It is to be called once, after Open.
 func (p *Pool) Run(ctx context.Context) {
-	p.wakeReaper() // for what a predecessor left
-	retry := time.NewTimer(0)
-	defer retry.Stop()
-	<-retry.C
+	var copier sync.WaitGroup
+	copier.Go(func() { p.repeat(ctx, p.copies, copyRetry, p.CopyAll) }) // ends as the reaper does
+	p.repeat(ctx, p.kick, reapRetry, p.Reap)
+	copier.Wait()
+}
+
+// repeat calls do at once, for what a predecessor left, then whenever kick says
+// so, and again after retry when something was left, until ctx or the pool ends.
+func (p *Pool) repeat(ctx context.Context, kick <-chan struct{}, retry time.Duration, do func(context.Context) (left bool, err error)) {
+	again := time.NewTimer(0)
+	defer again.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-p.ctx.Done():
 			return
-		case <-p.kick:
-		case <-retry.C:
+		case <-kick:
+		case <-again.C:
 		}
-		if left, err := p.Reap(ctx); left || err != nil {
-			retry.Reset(reapRetry)
+		if left, err := do(ctx); left || err != nil {
+			again.Reset(retry)
 		}
 	}
 }
 
 // wakeReaper makes Run look soon.
-func (p *Pool) wakeReaper() {
+func (p *Pool) wakeReaper() { wake(p.kick) }
+
+func wake(kick chan struct{}) {
 	select {
-	case p.kick <- struct{}{}:
-	default: // it has not looked since the last call
+	case kick <- struct{}{}:
+	default: // nobody has looked since the last call
 	}
 }
 
@@ -170,17 +182,22 @@ type waste struct {
 }
 
 // wasteOf looks through the index; the caller holds the ID lock of e, or only
-// wants a hint.
+// wants a hint. A view that an image has open still, although its header does
+// not name it any more (see CopyAll), is not waste yet.
 func (p *Pool) wasteOf(e *entry) waste {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.wasteLocked(e)
+}
+
+func (p *Pool) wasteLocked(e *entry) waste {
 	if e.rec == nil || p.volumes[e.id] != e {
 		return waste{}
 	}
 	var w waste
 	kept := 0
 	for id, rec := range e.snapshots {
-		if rec.live() || e.dependents[id] > 0 {
+		if rec.live() || e.dependents[id] > 0 || p.views.inUse(viewRef{e.id, id}) {
 			kept++
 		} else {
 			w.snapshots = append(w.snapshots, id)
@@ -190,7 +207,7 @@ func (p *Pool) wasteOf(e *entry) waste {
 		return waste{volume: true}
 	}
 	for id := range e.views {
-		if e.dependents[id] == 0 {
+		if e.dependents[id] == 0 && !p.views.inUse(viewRef{e.id, id}) {
 			w.views = append(w.views, id)
 		}
 	}
@@ -202,9 +219,33 @@ func (p *Pool) reapable(e *entry) bool {
 	return w.volume || len(w.snapshots) > 0 || len(w.views) > 0
 }
 
+// claimWaste returns the waste of e, of which no view can be opened any more
+// until settle is called.
+func (p *Pool) claimWaste(e *entry) (w waste, settle func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	// Who opens a view counts himself first and looks at going then. So either
+	// he finds it going, or he is seen here.
+	for id := range e.snapshots {
+		e.going[id] = true
+	}
+	w = p.wasteLocked(e)
+	for id := range e.snapshots {
+		if !w.volume && !slices.Contains(w.snapshots, id) && !slices.Contains(w.views, id) {
+			delete(e.going, id)
+		}
+	}
+	return w, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		clear(e.going)
+	}
+}
+
 // reapVolume removes the waste of e. The caller holds its ID lock.
 func (p *Pool) reapVolume(ctx context.Context, e *entry) error {
-	w := p.wasteOf(e)
+	w, settle := p.claimWaste(e)
+	defer settle()
 	if w.volume {
 		return p.removeVolume(e)
 	}
@@ -259,5 +300,6 @@ func (p *Pool) removeSnapshots(ctx context.Context, e *entry, ids []string) (err
 		delete(p.snapshots, id)
 		p.mu.Unlock()
 	}
+	p.retryCopy(e) // it may have waited for them
 	return nil
 }

@@ -19,7 +19,7 @@ type Disk struct {
 
 // Open opens the volume id. The first user opens the image, and checks it when
 // its last user did not close it: that may take longer than ctx allows, goes on
-// then, and a retry finds it further. Errors: ErrNotFound, ErrDamaged, ErrTooDeep,
+// then, and a retry finds it further. Errors: ErrNotFound, ErrBusy, ErrDamaged, ErrTooDeep,
 // qcow2.ErrLocked, qcow2.ErrCorrupt.
 func (p *Pool) Open(ctx context.Context, id string) (*Disk, error) {
 	for {
@@ -42,8 +42,8 @@ func (p *Pool) Open(ctx context.Context, id string) (*Disk, error) {
 	}
 }
 
-// joinLive counts a user of the volume id unless it is deleted, in one step:
-// Delete sees either the tombstone or the user.
+// joinLive counts a user of the volume id unless it is deleted or being reverted,
+// in one step: Delete sees either the tombstone or the user, Revert likewise.
 func (p *Pool) joinLive(id string) (*sharedItem[*qcow2.Image], <-chan struct{}, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -53,6 +53,9 @@ func (p *Pool) joinLive(id string) (*sharedItem[*qcow2.Image], <-chan struct{}, 
 	e := p.volumes[id]
 	if e == nil || !e.live() {
 		return nil, nil, fmt.Errorf("%w: volume %q", ErrNotFound, id)
+	}
+	if e.reverting {
+		return nil, nil, fmt.Errorf("%w: volume %s is being reverted", ErrBusy, id)
 	}
 	item, closing := p.images.join(id)
 	return item, closing, nil

@@ -80,6 +80,7 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 		return nil, fmt.Errorf("%w: volume %s: %w", ErrDamaged, id, damage)
 	}
 	unclean := rec.Open
+	reverting := rec.Revert != ""
 	file, err := p.openDisk(path.Join(volumeDir(id), diskName), qcow2.FileOptions{Direct: rec.Params.DirectIO, Lock: qcow2.LockWrite})
 	if err != nil {
 		return nil, err
@@ -96,6 +97,12 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 	})
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))
+	}
+	if reverting { // a predecessor died on the way
+		if err := p.finishRevert(ctx, e, im); err != nil {
+			return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, im.Close()))
+		}
+		return im, nil
 	}
 	// The header is the truth when a resize and its record were torn apart.
 	if im.Size() != rec.Size {
@@ -173,7 +180,11 @@ func (p *Pool) openBacking(ctx context.Context, name, format string) (qcow2.Disk
 	if err != nil {
 		return nil, err
 	}
-	return &viewDisk{Disk: im, release: func() error { return p.views.release(v) }}, nil
+	release := func() error {
+		defer p.wakeReaper() // it may have waited for this, see wasteOf
+		return p.views.release(v)
+	}
+	return &viewDisk{im, release}, nil
 }
 
 // A viewDisk is one clone's share of an open view.
@@ -192,8 +203,12 @@ func (p *Pool) openView(ctx context.Context, v viewRef) (*qcow2.Image, error) {
 	}
 	p.mu.Lock()
 	e := p.volumes[v.Volume]
-	direct := e.rec != nil && e.rec.Params.DirectIO
+	going := e == nil || e.going[v.Snapshot]
+	direct := !going && e.rec != nil && e.rec.Params.DirectIO
 	p.mu.Unlock()
+	if going { // see claimWaste
+		return nil, fmt.Errorf("%w: snapshot %s is being removed", ErrBusy, v.Snapshot)
+	}
 	// Its volume may be open read-write: LockShared tolerates that.
 	file, err := p.openDisk(path.Join(volumeDir(v.Volume), diskName), qcow2.FileOptions{ReadOnly: true, Direct: direct, Lock: qcow2.LockShared})
 	if err != nil {

@@ -112,6 +112,7 @@ func outcomeOf(t *testing.T, p *Pool) outcome {
 	}
 	for i := range volumes {
 		volumes[i].Created = time.Time{}
+		volumes[i].Copy.Copied = 0 // what a kill undid was copied twice
 	}
 	for i := range snapshots {
 		snapshots[i].Created = time.Time{}
@@ -149,6 +150,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 		repeat error
 		// content, if not 0, is what the first MiB of the volume "new" holds.
 		content byte
+		// changed is what the first MiB of volumes of the family holds then.
+		changed map[string]byte
+		// on, if not "", is the filesystem that the pool has to be on.
+		on string
 	}{
 		{name: "create", run: func(ctx context.Context, p *Pool, _ family) error {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Size: SizeRange{Required: 4 << 20}, Params: DefaultParams()})
@@ -162,6 +167,25 @@ func TestKilledAtEveryStep(t *testing.T) {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Params: DefaultParams(), Source: Source{Volume: f.ids["cloned"]}})
 			return err
 		}, content: 3},
+		{name: "copy", run: func(ctx context.Context, p *Pool, f family) error {
+			q := DefaultParams()
+			q.CloneMode = CloneCopy
+			if _, err := p.Create(ctx, CreateRequest{Name: "new", Params: q, Source: Source{Volume: f.ids["cloned"]}}); err != nil {
+				return err
+			}
+			_, err := p.CopyAll(ctx)
+			return err
+		}, content: 3},
+		{name: "reflink", on: "xfs", run: func(ctx context.Context, p *Pool, f family) error {
+			q := DefaultParams()
+			q.CloneMode = CloneReflink
+			_, err := p.Create(ctx, CreateRequest{Name: "new", Params: q, Source: Source{Volume: f.ids["cloned"]}})
+			return err
+		}, content: 3},
+		{name: "revert", run: func(ctx context.Context, p *Pool, f family) error {
+			_, err := p.Revert(ctx, f.ids["a"], f.ids["s1"])
+			return err
+		}, changed: map[string]byte{"a": 1}},
 		{name: "snapshot", run: func(ctx context.Context, p *Pool, f family) error {
 			_, err := p.CreateSnapshot(ctx, "new", f.ids["a"])
 			return err
@@ -193,6 +217,9 @@ func TestKilledAtEveryStep(t *testing.T) {
 	} {
 		t.Run(op.name, func(t *testing.T) {
 			base := memoryDir(t)
+			if op.on != "" {
+				base = newFilesystem(t, op.on)
+			}
 			live, template := filepath.Join(base, "pool"), filepath.Join(base, "template")
 			if err := os.Mkdir(live, 0o700); err != nil {
 				t.Fatal(err)
@@ -232,7 +259,11 @@ func TestKilledAtEveryStep(t *testing.T) {
 				}
 				for name := range f.want { // content of what is left, and repairs on the way
 					if _, err := p.Get(f.ids[name]); err == nil {
-						wantBytes(t, p, f.ids[name], 0, f.want[name], 1<<20)
+						want := f.want[name]
+						if b, changed := op.changed[name]; changed {
+							want = b
+						}
+						wantBytes(t, p, f.ids[name], 0, want, 1<<20)
 					}
 				}
 				if op.content != 0 {

@@ -17,7 +17,24 @@ type Params struct {
 	Preallocation qcow2.Preallocation `json:"preallocation"`
 	DirectIO      bool                `json:"directIO,omitempty"` // bypass the host's page cache
 	Discard       bool                `json:"discard"`            // give discarded space back to the host
+	CloneMode     CloneMode           `json:"cloneMode,omitempty"`
 }
+
+// A CloneMode says how a volume is made from a source.
+type CloneMode string
+
+// The values of CloneMode.
+const (
+	// CloneLinked: the clone reads from its source what it has not overwritten.
+	CloneLinked CloneMode = ""
+	// CloneCopy: the same at first, until everything was copied in the background.
+	CloneCopy CloneMode = "copy"
+	// CloneReflink: the clone shares blocks with its source through the host's
+	// file system, and depends on nothing.
+	CloneReflink CloneMode = "reflink"
+	// CloneAuto: CloneReflink where it is possible, else CloneLinked.
+	CloneAuto CloneMode = "auto"
+)
 
 // DefaultParams returns the parameters of an empty StorageClass.
 func DefaultParams() Params {
@@ -50,9 +67,13 @@ var paramParsers = map[string]func(p *Params, value string) error{
 		}
 		return nil
 	},
-	"cloneMode": func(_ *Params, v string) error {
-		if v != "linked" {
-			return fmt.Errorf(`want "linked": a clone reads what it has not overwritten from its source`)
+	"cloneMode": func(p *Params, v string) error {
+		switch p.CloneMode = CloneMode(v); p.CloneMode {
+		case "linked":
+			p.CloneMode = CloneLinked
+		case CloneCopy, CloneReflink, CloneAuto:
+		default:
+			return fmt.Errorf("want linked, copy, reflink or auto")
 		}
 		return nil
 	},

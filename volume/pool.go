@@ -25,6 +25,9 @@ type Options struct {
 	// Cache holds the metadata tables of all images. Nil gives each image a
 	// cache of its own of qcow2.DefaultCacheBytes.
 	Cache *cache.Cache
+	// CopyBandwidth bounds what volumes of CloneCopy copy in the background, in
+	// bytes per second; 0 sets no bound.
+	CopyBandwidth int64
 
 	// Seams of tests: step is called around each change of the directory,
 	// wrapFile around each image file opened read-write.
@@ -43,6 +46,7 @@ type Pool struct {
 	cancel  context.CancelFunc
 	workers sync.WaitGroup // background work and detached changes
 	kick    chan struct{}  // wakes the reaper; holds one
+	copies  chan struct{}  // wakes the copier; holds one
 	locks   keyLock        // by volume or snapshot ID
 	images  shared[string, *qcow2.Image]
 	views   shared[viewRef, *qcow2.Image]
@@ -67,6 +71,9 @@ type entry struct {
 	snapshots  map[string]*snapshotRecord
 	views      map[string]bool // snapshots that have a view
 	dependents map[string]int  // by snapshot: how many overlays name its view
+	going      map[string]bool // snapshots that are being removed: their views open no more
+	copy       copyJob
+	reverting  bool // nobody may open it
 }
 
 func newEntry(id string) *entry {
@@ -75,6 +82,7 @@ func newEntry(id string) *entry {
 		snapshots:  make(map[string]*snapshotRecord),
 		views:      make(map[string]bool),
 		dependents: make(map[string]int),
+		going:      make(map[string]bool),
 	}
 }
 
@@ -110,6 +118,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 	p := &Pool{
 		dir: dir, path: dir.Path(), opts: o,
 		kick:      make(chan struct{}, 1),
+		copies:    make(chan struct{}, 1),
 		volumes:   make(map[string]*entry),
 		snapshots: make(map[string]*entry),
 		failures:  make(map[string]error),

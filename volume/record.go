@@ -52,8 +52,18 @@ type volumeRecord struct {
 	Source     Source     `json:"source"`
 	Created    time.Time  `json:"created"`
 	Filesystem Filesystem `json:"filesystem"`
+	Copy       Copy       `json:"copy,omitzero"`
+	Revert     string     `json:"revert,omitempty"`  // ID of the snapshot that the volume is being reverted to
 	Open       bool       `json:"open,omitempty"`    // the image is open read-write, or its last user died
 	Deleted    bool       `json:"deleted,omitempty"` // tombstone
+}
+
+// A Copy says how far a volume of CloneCopy has come. A crash may make it say
+// less than is true.
+type Copy struct {
+	Pending bool  `json:"pending,omitempty"` // it still needs its source
+	Done    int64 `json:"done,omitempty"`    // bytes of the virtual disk, from its start, that do not need it any more
+	Copied  int64 `json:"copied,omitempty"`  // bytes that were copied
 }
 
 // A snapshotRecord is what snapshots/<id>.json holds.

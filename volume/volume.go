@@ -25,10 +25,11 @@ type Volume struct {
 	Source     Source
 	Created    time.Time
 	Filesystem Filesystem
+	Copy       Copy
 }
 
 func (r *volumeRecord) volume() Volume {
-	return Volume{r.ID, r.Name, r.Size, r.Params, r.Source, r.Created, r.Filesystem}
+	return Volume{r.ID, r.Name, r.Size, r.Params, r.Source, r.Created, r.Filesystem, r.Copy}
 }
 
 // Bounds of the virtual size of a volume, in bytes.
@@ -108,7 +109,7 @@ func (p *Pool) create(ctx context.Context, req CreateRequest) (Volume, error) {
 		if rec.Size, err = req.Size.pick(defaultIfZero(req.Size, DefaultSize)); err != nil {
 			return Volume{}, err
 		}
-		return p.build(ctx, rec, nil)
+		return p.build(ctx, rec, p.newImage(rec, nil))
 	}
 	return p.createFrom(ctx, req, rec)
 }
@@ -192,14 +193,35 @@ func (p *Pool) checkSpace(req CreateRequest) error {
 	return nil
 }
 
-// build makes the volume of rec in incoming/ and publishes it. The caller
-// holds its ID lock.
-func (p *Pool) build(ctx context.Context, rec volumeRecord, backing *viewRef) (Volume, error) {
+// An imageMaker makes the image of a new volume as the new file name, durably, and
+// returns the view that it is an overlay of, nil for none.
+type imageMaker func(ctx context.Context, name string) (*viewRef, error)
+
+// newImage returns the maker of an empty image, or of an overlay of backing.
+func (p *Pool) newImage(rec volumeRecord, backing *viewRef) imageMaker {
+	o := qcow2.CreateOptions{
+		ClusterSize:   rec.Params.ClusterSize,
+		LazyRefcounts: rec.Params.LazyRefcounts,
+		Preallocation: rec.Params.Preallocation,
+	}
+	if backing != nil {
+		o.BackingFile, o.BackingFormat = p.backingName(*backing), "qcow2"
+		o.Preallocation = qcow2.PreallocationOff // it would hide what the clone is made from
+	}
+	return func(ctx context.Context, name string) (*viewRef, error) {
+		return backing, p.createImage(ctx, name, rec.Size, o, rec.Params.DirectIO)
+	}
+}
+
+// build makes the volume of rec, whose image image makes, in incoming/ and
+// publishes it. The caller holds its ID lock.
+func (p *Pool) build(ctx context.Context, rec volumeRecord, image imageMaker) (Volume, error) {
 	dir := incomingName(rec.ID)
 	if err := p.dir.RemoveAll(dir); err != nil { // of an attempt that failed
 		return Volume{}, err
 	}
-	if err := p.fill(ctx, dir, rec, backing); err != nil {
+	backing, err := p.fill(ctx, dir, rec, image)
+	if err != nil {
 		return Volume{}, errors.Join(spaceError(err), p.dir.RemoveAll(dir))
 	}
 	if err := p.dir.Publish(dir, volumeDir(rec.ID)); err != nil {
@@ -216,25 +238,17 @@ func (p *Pool) build(ctx context.Context, rec volumeRecord, backing *viewRef) (V
 
 // fill makes the files of a new volume in dir. The record is written last, and
 // its write makes the entries before it durable.
-func (p *Pool) fill(ctx context.Context, dir string, rec volumeRecord, backing *viewRef) error {
+func (p *Pool) fill(ctx context.Context, dir string, rec volumeRecord, image imageMaker) (*viewRef, error) {
 	for _, d := range []string{dir, path.Join(dir, snapshotsDir), path.Join(dir, viewsDir)} {
 		if err := p.dir.Mkdir(d); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	o := qcow2.CreateOptions{
-		ClusterSize:   rec.Params.ClusterSize,
-		LazyRefcounts: rec.Params.LazyRefcounts,
-		Preallocation: rec.Params.Preallocation,
+	backing, err := image(ctx, path.Join(dir, diskName))
+	if err != nil {
+		return nil, err
 	}
-	if backing != nil {
-		o.BackingFile, o.BackingFormat = p.backingName(*backing), "qcow2"
-		o.Preallocation = qcow2.PreallocationOff // it would hide what the clone is made from
-	}
-	if err := p.createImage(ctx, path.Join(dir, diskName), rec.Size, o, rec.Params.DirectIO); err != nil {
-		return err
-	}
-	return durable.WriteRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, rec)
+	return backing, durable.WriteRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, rec)
 }
 
 // Get returns the volume id. Errors: ErrNotFound, ErrDamaged.

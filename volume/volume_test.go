@@ -70,7 +70,7 @@ func TestCreateSizes(t *testing.T) {
 func TestParams(t *testing.T) {
 	for name, value := range map[string]string{
 		"clusterSize": "0", "lazyRefcounts": "maybe", "extendedL2": "true", "discard": "TRUE ", "preallocation": "some",
-		"directIO": "1", "cloneMode": "copy", "backingImage": "x", "ClusterSize": "65536", "": "", "pool ": "x",
+		"directIO": "1", "cloneMode": "Copy", "backingImage": "x", "ClusterSize": "65536", "": "", "pool ": "x",
 	} {
 		if _, err := ParseParams(map[string]string{name: value}); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%q=%q: got %v, want ErrInvalid that names it", name, value, err)
@@ -86,6 +86,11 @@ func TestParams(t *testing.T) {
 	want := Params{ClusterSize: 2 << 20, LazyRefcounts: true, Preallocation: qcow2.PreallocationMetadata, DirectIO: true}
 	if err != nil || got != want {
 		t.Fatalf("got %+v, %v, want %+v", got, err, want)
+	}
+	for _, mode := range []CloneMode{CloneCopy, CloneReflink, CloneAuto} {
+		if got, err := ParseParams(map[string]string{"cloneMode": string(mode)}); err != nil || got.CloneMode != mode {
+			t.Errorf("cloneMode=%q: got %q, %v", mode, got.CloneMode, err)
+		}
 	}
 }
 
