@@ -30,7 +30,9 @@ func newNodeCommand() *cobra.Command {
 the pools, the images, the cache and the devices. It must run as root.
 
 SIGTERM ends it: it refuses new calls, finishes those under way, flushes the
-images and removes its socket.`,
+images and removes its socket. The kernel keeps the devices of staged volumes (not those of kind
+fuse), and their requests wait for the next process with the same --run-dir, which takes
+them over; so it does when the process was killed.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.validate(); err != nil {
@@ -46,17 +48,18 @@ images and removes its socket.`,
 // runNode serves until ctx ends.
 func runNode(ctx context.Context, f nodeFlags) (err error) {
 	setLogVerbosity(f.verbosity)
-	lock, err := lockRunDir(f.runDir)
+	problems := protectMemory(f.cacheBytes)
+	lock, err := lockRunDir(ctx, f.runDir)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 
-	tables, err := openCache(f.runDir, f.cacheBytes)
+	tables, err := openArena(ctx, f.runDir, f.cacheBytes)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, tables.Close()) }()
+	defer func() { err = errors.Join(err, tables.close()) }()
 
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var workers sync.WaitGroup
@@ -71,20 +74,39 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 		}
 	}()
 	for _, p := range f.pools {
-		pool, err := volume.Open(ctx, p.dir, volume.Options{Cache: tables})
+		err := waitFor(ctx, volume.ErrPoolInUse, func() error {
+			pool, err := volume.Open(ctx, p.dir, volume.Options{Cache: tables.Cache})
+			if err == nil {
+				pools[p.name] = pool
+			}
+			return err
+		})
 		if err != nil {
 			return err
 		}
-		pools[p.name] = pool
 	}
-	for _, pool := range pools {
-		pool.Recover(ctx)
+	return serveNode(ctx, f, pools, tables, problems)
+}
+
+// predecessorWait bounds the wait for a process that was killed to be gone: the kernel drops its locks when
+// its last thread has ended.
+const predecessorWait = 10 * time.Second
+
+// waitFor repeats take while it fails with busy, for as long as a predecessor may need to be gone.
+func waitFor(ctx context.Context, busy error, take func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, predecessorWait)
+	defer cancel()
+	for {
+		err := take()
+		if !errors.Is(err, busy) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	forgetUnclaimed(tables, pools)
-	for _, pool := range pools {
-		workers.Go(func() { pool.Run(background) })
-	}
-	return serveNode(ctx, f, pools)
 }
 
 // forgetUnclaimed drops the tables of images that are in no pool any more. Those
@@ -106,14 +128,15 @@ func forgetUnclaimed(tables *cache.Cache, pools map[string]*volume.Pool) {
 }
 
 // serveNode runs the driver over open pools.
-func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool) (err error) {
-	attacher, err := nbdexport.NewAttacher(f.device, nbdexport.AttacherOptions{RunDir: f.runDir})
+func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool, tables *arena, problems []string) (err error) {
+	attacher, err := nbdexport.NewAttacher(f.device, nbdexport.AttacherOptions{RunDir: f.runDir, DeadConnTimeout: f.deadConn})
 	if err != nil {
 		return err
 	}
 	d, err := driver.New(ctx, driver.Options{
 		Name: f.driverName, Version: version, NodeID: f.nodeID, MaxVolumes: f.maxVolumes,
 		Pools: pools, Attacher: attacher, Host: driver.NewHost(), RunDir: f.runDir,
+		CacheID: tables.id, Warnings: problems,
 	})
 	if err != nil {
 		return err
@@ -127,15 +150,41 @@ func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool) 
 	if err != nil {
 		return err
 	}
+	background, stop := context.WithCancel(ctx)
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer stop()
+	workers.Go(func() { attacher.Run(background) })
+	workers.Go(func() {
+		d.Restore(background)
+		runPools(background, pools, tables.Cache)
+	})
 	klog.InfoS("serving", "endpoint", path, "driver", f.driverName, "nodeID", f.nodeID, "device", attacher.Kind(), "version", version)
 	err = d.Serve(ctx, l, f.drain)
 	klog.InfoS("stopped", "endpoint", path)
 	return err
 }
 
+// runPools recovers what a predecessor had open and nobody has taken over, and then does the pools'
+// work in the background until ctx ends.
+func runPools(ctx context.Context, pools map[string]*volume.Pool, tables *cache.Cache) {
+	for _, pool := range pools {
+		pool.Recover(ctx)
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	forgetUnclaimed(tables, pools)
+	var workers sync.WaitGroup
+	for _, pool := range pools {
+		workers.Go(func() { pool.Run(ctx) })
+	}
+	workers.Wait()
+}
+
 // lockRunDir makes the run directory and takes its lock, which the kernel
 // drops when the process ends, however it does.
-func lockRunDir(dir string) (*os.File, error) {
+func lockRunDir(ctx context.Context, dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -143,7 +192,8 @@ func lockRunDir(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = waitFor(ctx, unix.EWOULDBLOCK, func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	if err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("run directory %q is in use by another process; stop it first, or give another --run-dir", dir)
@@ -161,5 +211,3 @@ func setLogVerbosity(level int) {
 		panic(err) // a decimal number
 	}
 }
-
-const defaultDrain = 30 * time.Second

@@ -25,7 +25,9 @@ type nodeFlags struct {
 	driverName string
 	cacheBytes int64
 	maxVolumes int64
+	copyRate   int64 // bytes per second
 	drain      time.Duration
+	deadConn   time.Duration
 	verbosity  int
 }
 
@@ -84,6 +86,7 @@ func defaultNodeFlags() nodeFlags {
 		driverName: driver.DefaultName,
 		cacheBytes: 64 << 20,
 		drain:      defaultDrain,
+		deadConn:   defaultDeadConn,
 		verbosity:  2,
 	}
 }
@@ -97,9 +100,16 @@ func (f *nodeFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.driverName, "driver-name", f.driverName, "CSI driver name, also the domain of the topology key")
 	flags.Int64Var(&f.cacheBytes, "cache-bytes", f.cacheBytes, "memory for the metadata of all images together, in bytes")
 	flags.Int64Var(&f.maxVolumes, "max-volumes", f.maxVolumes, "volumes that can be staged at once; 0 sets no limit")
+	flags.Int64Var(&f.copyRate, "copy-bandwidth", f.copyRate, "what volumes with cloneMode=copy copy in the background, in bytes per second and pool; 0 sets no limit")
 	flags.DurationVar(&f.drain, "drain-timeout", f.drain, "how long running calls may take to finish after SIGTERM")
+	flags.DurationVar(&f.deadConn, "dead-connection-timeout", f.deadConn, "how long requests for an nbd device wait while no process serves it, before they fail: the time that a restart may take")
 	flags.IntVar(&f.verbosity, "verbosity", f.verbosity, "log verbosity: 2 state changes, 4 calls")
 }
+
+const (
+	defaultDrain    = 30 * time.Second
+	defaultDeadConn = 10 * time.Minute
+)
 
 // The bounds of --cache-bytes: a few images' hot tables, and what one node can spare.
 const (
@@ -137,8 +147,14 @@ func (f *nodeFlags) validate() error {
 	if f.maxVolumes < 0 {
 		fail("--max-volumes %d: want 0 or more", f.maxVolumes)
 	}
+	if f.copyRate < 0 {
+		fail("--copy-bandwidth %d: want 0 or more", f.copyRate)
+	}
 	if f.drain <= 0 || f.drain > time.Hour {
 		fail("--drain-timeout %s: want more than 0, at most 1h", f.drain)
+	}
+	if f.deadConn < time.Second || f.deadConn > 24*time.Hour || f.deadConn%time.Second != 0 {
+		fail("--dead-connection-timeout %s: want whole seconds, 1s to 24h", f.deadConn)
 	}
 	if f.verbosity < 0 || f.verbosity > 10 {
 		fail("--verbosity %d: want 0 to 10", f.verbosity)
