@@ -78,7 +78,12 @@ fmt: ## format the Go files that git knows
 	@git ls-files '*.go' | xargs -r gofmt -w
 
 .PHONY: bench
-bench: ## run the benchmarks: time, bytes and allocations per operation
+bench: ## compare with the peers, write bench/RESULTS.md; ARGS='-pairs 9 -run REGEXP -resume'
+	@hack/deps.sh demo test
+	@go run ./bench -record $(ARGS)
+
+.PHONY: bench-go
+bench-go: ## run Go's benchmarks: time, bytes and allocations per operation
 	go test -run '^$$' -bench . -benchmem ./...
 
 .PHONY: fuzz
