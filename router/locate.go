@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -102,4 +103,19 @@ func (r *Router) onNode(node string) (*agent, error) {
 		}
 	}
 	return nil, status.Errorf(codes.Unavailable, "node %s has no agent now", node)
+}
+
+// Ready returns nil when the agent of node answers that it can serve.
+func (r *Router) Ready(ctx context.Context, node string) error {
+	g, err := r.onNode(node)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, identifyTimeout)
+	defer cancel()
+	resp, err := csi.NewIdentityClient(g.conn).Probe(ctx, &csi.ProbeRequest{})
+	if err == nil && resp.GetReady() != nil && !resp.GetReady().GetValue() {
+		err = status.Errorf(codes.Unavailable, "the agent of node %s is not ready", node)
+	}
+	return err
 }

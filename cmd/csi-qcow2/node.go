@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"time"
 
@@ -47,7 +45,7 @@ them over; so it does when the process was killed.`,
 
 // runNode serves until ctx ends.
 func runNode(ctx context.Context, f nodeFlags) (err error) {
-	setLogVerbosity(f.verbosity)
+	f.log.apply()
 	problems := protectMemory(f.cacheBytes)
 	lock, err := lockRunDir(ctx, f.runDir)
 	if err != nil {
@@ -55,7 +53,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
 
-	tables, err := openArena(ctx, f.runDir, f.cacheBytes)
+	tables, err := openArena(ctx, predecessorWait, f.runDir, f.cacheBytes)
 	if err != nil {
 		return err
 	}
@@ -74,7 +72,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 		}
 	}()
 	for _, p := range f.pools {
-		err := waitFor(ctx, volume.ErrPoolInUse, func() error {
+		err := waitFor(ctx, predecessorWait, volume.ErrPoolInUse, func() error {
 			pool, err := volume.Open(ctx, p.dir, volume.Options{Cache: tables.Cache})
 			if err == nil {
 				pools[p.name] = pool
@@ -92,9 +90,9 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 // its last thread has ended.
 const predecessorWait = 10 * time.Second
 
-// waitFor repeats take while it fails with busy, for as long as a predecessor may need to be gone.
-func waitFor(ctx context.Context, busy error, take func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, predecessorWait)
+// waitFor repeats take while it fails with busy, for as long as wait.
+func waitFor(ctx context.Context, wait time.Duration, busy error, take func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	for {
 		err := take()
@@ -160,7 +158,7 @@ func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool, 
 		runPools(background, pools, tables.Cache)
 	})
 	klog.InfoS("serving", "endpoint", path, "driver", f.driverName, "nodeID", f.nodeID, "device", attacher.Kind(), "version", version)
-	err = d.Serve(ctx, l, f.drain)
+	err = f.servers.serve(ctx, d, l, f.drain)
 	klog.InfoS("stopped", "endpoint", path)
 	return err
 }
@@ -192,7 +190,7 @@ func lockRunDir(ctx context.Context, dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = waitFor(ctx, unix.EWOULDBLOCK, func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	err = waitFor(ctx, predecessorWait, unix.EWOULDBLOCK, func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
 	if err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -201,13 +199,4 @@ func lockRunDir(ctx context.Context, dir string) (*os.File, error) {
 		return nil, fmt.Errorf("lock run directory %q: %w", dir, err)
 	}
 	return f, nil
-}
-
-// setLogVerbosity passes --verbosity to klog, which knows only flags.
-func setLogVerbosity(level int) {
-	fs := flag.NewFlagSet("klog", flag.ContinueOnError)
-	klog.InitFlags(fs)
-	if err := fs.Set("v", strconv.Itoa(level)); err != nil {
-		panic(err) // a decimal number
-	}
 }

@@ -28,7 +28,8 @@ type nodeFlags struct {
 	copyRate   int64 // bytes per second
 	drain      time.Duration
 	deadConn   time.Duration
-	verbosity  int
+	servers    serverFlags
+	log        logFlags
 }
 
 // A poolFlag is one --pool NAME=DIR.
@@ -87,7 +88,7 @@ func defaultNodeFlags() nodeFlags {
 		cacheBytes: 64 << 20,
 		drain:      defaultDrain,
 		deadConn:   defaultDeadConn,
-		verbosity:  2,
+		log:        defaultLogFlags(),
 	}
 }
 
@@ -103,7 +104,8 @@ func (f *nodeFlags) add(flags *pflag.FlagSet) {
 	flags.Int64Var(&f.copyRate, "copy-bandwidth", f.copyRate, "what volumes with cloneMode=copy copy in the background, in bytes per second and pool; 0 sets no limit")
 	flags.DurationVar(&f.drain, "drain-timeout", f.drain, "how long running calls may take to finish after SIGTERM")
 	flags.DurationVar(&f.deadConn, "dead-connection-timeout", f.deadConn, "how long requests for an nbd device wait while no process serves it, before they fail: the time that a restart may take")
-	flags.IntVar(&f.verbosity, "verbosity", f.verbosity, "log verbosity: 2 state changes, 4 calls")
+	f.servers.add(flags)
+	f.log.add(flags)
 }
 
 const (
@@ -156,8 +158,5 @@ func (f *nodeFlags) validate() error {
 	if f.deadConn < time.Second || f.deadConn > 24*time.Hour || f.deadConn%time.Second != 0 {
 		fail("--dead-connection-timeout %s: want whole seconds, 1s to 24h", f.deadConn)
 	}
-	if f.verbosity < 0 || f.verbosity > 10 {
-		fail("--verbosity %d: want 0 to 10", f.verbosity)
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, f.servers.validate(), f.log.validate())...)
 }

@@ -84,6 +84,7 @@ func newRootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageErrorf("%v", err) })
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.AddCommand(
+		newControllerCommand(),
 		newDemoCommand(),
 		newImgCommand(),
 		newNBDCommand(),

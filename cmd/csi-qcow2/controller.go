@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"csi-qcow2/driver"
+	"csi-qcow2/internal/pki"
+	"csi-qcow2/router"
+	"csi-qcow2/router/lead"
+)
+
+func newControllerCommand() *cobra.Command {
+	f := defaultControllerFlags()
+	cmd := &cobra.Command{
+		Use:   "controller",
+		Short: "Serve CSI for a cluster, by forwarding calls to the nodes",
+		Long: `Serve the controller side of CSI for a whole cluster: each call is forwarded to
+the node agent that owns the volume, over mutual TLS. It keeps no state. One
+replica, the leader, makes and renews the certificates and takes start-up taints
+off nodes; all replicas forward.`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.validate(); err != nil {
+				return usageErrorf("%v", err)
+			}
+			return runController(cmd.Context(), f)
+		},
+	}
+	f.add(cmd.Flags())
+	return cmd
+}
+
+// How often the controller looks at its certificates and at the nodes.
+const (
+	certificatesEvery = 30 * time.Second
+	taintsEvery       = 5 * time.Second
+)
+
+// runController serves until ctx ends.
+func runController(ctx context.Context, f controllerFlags) (err error) {
+	f.log.apply()
+	config, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+	if err != nil {
+		return fmt.Errorf("reach the API server: %w", err)
+	}
+	config.UserAgent = "csi-qcow2-controller/" + version
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer stop()
+
+	pods := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(f.namespace),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) { o.LabelSelector = f.selector }))
+	agents := pods.Core().V1().Pods().Lister().Pods(f.namespace)
+	nodes := informers.NewSharedInformerFactory(client, 0)
+	nodeLister := nodes.Core().V1().Nodes().Lister()
+	for _, factory := range []informers.SharedInformerFactory{pods, nodes} {
+		factory.Start(background.Done())
+		defer factory.Shutdown()
+	}
+	defer stop() // before the factories shut down
+	pods.WaitForCacheSync(ctx.Done())
+	nodes.WaitForCacheSync(ctx.Done())
+
+	certificates := &lead.Certificates{
+		Secrets: client.CoreV1().Secrets(f.namespace), Authority: f.authority, Node: f.nodeSecret, Now: time.Now,
+	}
+	workers.Go(func() {
+		lead.Repeat(background, "load certificate", lead.Task{Every: certificatesEvery, Do: certificates.Load})
+	})
+
+	r, err := router.New(router.Options{
+		Name: f.driverName, Version: version, Agents: agents, Port: f.nodePort,
+		TLS: pki.ClientConfig(certificates.Own, pki.Node),
+	})
+	if err != nil {
+		return err
+	}
+	tasks := map[string]lead.Task{"renew certificates": {Every: certificatesEvery, Do: certificates.Renew}}
+	if f.startupTaint != "" {
+		taints := &lead.Taints{Nodes: client.CoreV1().Nodes(), Lister: nodeLister, Key: f.startupTaint,
+			Label: driver.TopologyKey(f.driverName), Ready: r.Ready}
+		tasks["remove start-up taints"] = lead.Task{Every: taintsEvery, Do: taints.Remove}
+	}
+	election := lead.Options{Client: client, Namespace: f.namespace, Lease: f.lease, Identity: f.identity, Tasks: tasks}
+	led := make(chan error, 1)
+	workers.Go(func() { led <- lead.Run(background, election) })
+
+	path, err := driver.ParseEndpoint(f.endpoint)
+	if err != nil {
+		return err
+	}
+	l, err := driver.Listen(path)
+	if err != nil {
+		return errors.Join(err, r.Close())
+	}
+	klog.InfoS("serving", "endpoint", path, "driver", f.driverName, "identity", f.identity, "version", version)
+	err = r.Serve(ctx, l, f.drain)
+	klog.InfoS("stopped", "endpoint", path)
+	stop()
+	return errors.Join(err, <-led)
+}
