@@ -194,6 +194,33 @@ func (h *Handle) Discard() error {
 	return nil
 }
 
+// Abandon undoes Open. What a predecessor left, with what has changed since,
+// waits for Open or Forget again, as far as it was not written back; that the image
+// has failed is noted as ever. Preconditions: as for Close.
+func (h *Handle) Abandon() error {
+	h.mu.Lock()
+	for h.running || h.loads > 0 {
+		h.cond.Wait()
+	}
+	left := !h.closed && (h.DirtyTables() > 0 || h.mark != markNone || h.failure.Load() != nil)
+	h.mu.Unlock()
+	if !left || h.o.ID == [16]byte{} {
+		return h.Discard()
+	}
+	h.wg.Wait()
+
+	c := h.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h.failure.Swap(nil) == nil {
+		c.addDirty(-h.DirtyTables())
+	}
+	h.adopted = h.DirtyTables()
+	h.unclaimed.Store(true)
+	c.unclaimed[h.o.ID] = h
+	return nil
+}
+
 // anyLocked returns a slot of h, noSlot if it has none. No pass is running.
 func (h *Handle) anyLocked() slotIndex {
 	// Higher classes first: what a successor finds if this process is killed

@@ -39,19 +39,14 @@ func (im *Image) setIncompatible(bit uint64, on bool) error {
 
 // fail makes the image failed: every later change returns the first error (P6).
 func (im *Image) fail(err error) error {
-	im.failure.CompareAndSwap(nil, &err)
+	im.handle.Fail(err)
 	return err
 }
 
 // failed returns the error that made the image failed, wrapped in ErrFailed.
 func (im *Image) failed() error {
-	if err := im.failure.Load(); err != nil {
-		return fmt.Errorf("%w: %w", ErrFailed, *err)
-	}
-	if im.handle != nil {
-		if err := im.handle.Err(); err != nil {
-			return fmt.Errorf("%w: %w", ErrFailed, err)
-		}
+	if err := im.handle.Err(); err != nil {
+		return fmt.Errorf("%w: %w", ErrFailed, err)
 	}
 	return nil
 }

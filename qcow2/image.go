@@ -67,7 +67,6 @@ type Image struct {
 	backing atomic.Pointer[Disk] // nil if none; DropBacking ends it; loaded inside a request
 	l1      atomic.Pointer[l1Table]
 	closed  atomic.Bool
-	failure atomic.Pointer[error]
 
 	// structural is held by what changes the image as a whole: snapshots, resize,
 	// check, close; one at a time, over their I/O. No request takes it.
@@ -116,6 +115,9 @@ func (im *Image) Close() error {
 	var herr error
 	if err == nil {
 		herr = im.handle.Close()
+		if herr == nil && !im.opts.ReadOnly {
+			herr = im.setStamp(false)
+		}
 	} else {
 		herr = im.handle.Discard()
 	}

@@ -17,7 +17,10 @@ var lastSerial atomic.Uint64
 //
 // What a predecessor of the same ID left in the cache is written back first. Then
 // an image that was not closed (Options.Unclean, or its dirty bit is set) is
-// repaired, unless it is opened read-only.
+// repaired, unless it is opened read-only. If the image had failed in the
+// predecessor, it is failed in this process too, until it was closed.
+//
+// When Open fails, what the predecessor left waits for another Open.
 //
 // Errors: ErrNotQcow2, ErrUnsupported, ErrCorrupt (a *FormatError says where),
 // and those of f.
@@ -40,7 +43,7 @@ func Open(ctx context.Context, f File, opts Options) (*Image, error) {
 		return nil, err
 	}
 	if err := im.open(ctx); err != nil {
-		err = errors.Join(err, im.handle.Discard())
+		err = errors.Join(err, im.handle.Abandon())
 		if im.own != nil {
 			err = errors.Join(err, im.own.Close())
 		}
@@ -51,24 +54,30 @@ func Open(ctx context.Context, f File, opts Options) (*Image, error) {
 
 // open is Open once the image has its handle of the cache.
 func (im *Image) open(ctx context.Context) error {
-	if !im.opts.ReadOnly {
+	if err := im.claimLeft(); err != nil {
+		return err
+	}
+	tables := im.f
+	switch {
+	case im.failed() != nil:
+		tables = cachedFile{im.f, im.handle, int64(im.geo.sliceBytes)}
+	case !im.opts.ReadOnly:
 		if err := im.makeConsistent(ctx); err != nil {
 			return err
 		}
 	}
-	if err := validateTables(im.f, im.hdr); err != nil {
+	if err := validateTables(tables, im.hdr); err != nil {
 		return err
 	}
-	if err := im.readTables(); err != nil {
+	if err := im.readTables(tables); err != nil {
 		return err
 	}
 	return im.openBacking(ctx)
 }
 
 // makeConsistent finishes what a predecessor left: it writes back the tables
-// that are in the cache, repairs what an unclean end explains, and clears the
-// autoclear bits, because this package keeps none of the structures that they
-// vouch for. An image whose corrupt bit is set is refused.
+// that are in the cache, repairs what an unclean end explains, and stamps the
+// image. An image whose corrupt bit is set is refused.
 func (im *Image) makeConsistent(ctx context.Context) error {
 	var err error
 	if im.handle.DirtyTables() > 0 {
@@ -87,11 +96,7 @@ func (im *Image) makeConsistent(ctx context.Context) error {
 			return err
 		}
 	}
-	if im.hdr.autoclear == 0 {
-		return nil
-	}
-	im.hdr.autoclear = 0
-	return im.writeHeader(hdrOffAutoclear, make([]byte, 8))
+	return im.setStamp(true)
 }
 
 // repair repairs an image that was not closed: everything when the dirty bit
@@ -119,11 +124,11 @@ func (im *Image) repair(ctx context.Context) error {
 	return nil
 }
 
-// readTables reads the tables that stay in memory whole, and picks the L1 table
-// of the snapshot that was asked for.
-func (im *Image) readTables() error {
+// readTables reads from f the tables that stay in memory whole, and picks the
+// L1 table of the snapshot that was asked for.
+func (im *Image) readTables(f File) error {
 	h, g := im.hdr, &im.geo
-	records, bytes, err := readSnapshotTableSize(im.f, h)
+	records, bytes, err := readSnapshotTableSize(f, h)
 	if err != nil {
 		return err
 	}
@@ -143,7 +148,7 @@ func (im *Image) readTables() error {
 			return corruptf("snapshot L1 table", l1Off, "%d entries do not cover %d bytes", l1Size, size)
 		}
 	}
-	entries, err := readTable(im.f, "L1 table", l1Off, l1Size)
+	entries, err := readTable(f, "L1 table", l1Off, l1Size)
 	if err != nil {
 		return err
 	}
@@ -152,7 +157,7 @@ func (im *Image) readTables() error {
 	if im.opts.ReadOnly {
 		return nil // refcounts are not looked at
 	}
-	reftable, err := readTable(im.f, "refcount table", h.refcountTableOffset, int(int64(h.refcountTableClusters)*g.clusterSize/entryBytes))
+	reftable, err := readTable(f, "refcount table", h.refcountTableOffset, int(int64(h.refcountTableClusters)*g.clusterSize/entryBytes))
 	if err != nil {
 		return err
 	}

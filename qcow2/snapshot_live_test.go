@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -193,14 +194,19 @@ func TestGroupSnapshotIsOnePointInTime(t *testing.T) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	// One writer: number n goes to sector n of image n%3, each after the one before.
-	var issued atomic.Uint64
+	// It has an equal share of the sectors for each group, however long those take.
+	const share = uint64(size) * 3 / stampSector / groups
+	var issued, allowed atomic.Uint64
 	wg.Go(func() {
 		buf := make([]byte, stampSector)
-		for n := uint64(1); n < uint64(len(paths))*size/stampSector; n++ {
-			select {
-			case <-stop:
-				return
-			default:
+		for n := uint64(1); n < share*groups; n++ {
+			for n >= allowed.Load() {
+				select {
+				case <-stop:
+					return
+				default:
+					runtime.Gosched()
+				}
 			}
 			binary.BigEndian.PutUint64(buf, n)
 			k := n % uint64(len(images))
@@ -212,10 +218,9 @@ func TestGroupSnapshotIsOnePointInTime(t *testing.T) {
 		}
 	})
 	for g := range groups {
-		for before := issued.Load(); issued.Load() < before+200; { // let it write between groups
-			if t.Failed() {
-				break
-			}
+		allowed.Add(share)
+		for before := issued.Load(); issued.Load() < before+200 && !t.Failed(); { // let it write between groups
+			runtime.Gosched()
 		}
 		var requests []qcow2.SnapshotRequest
 		for _, im := range images {
