@@ -133,7 +133,7 @@ func readHeader(f *os.File, want header) (*header, error) {
 		err = h.validate(want, info.Size())
 	}
 	if err != nil {
-		return nil, &ArenaError{Path: f.Name(), Msg: err.Error()}
+		return nil, &ArenaError{Path: f.Name(), Msg: err.Error(), Layout: errors.Is(err, errLayout)}
 	}
 	return &h, nil
 }

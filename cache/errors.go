@@ -17,6 +17,9 @@ var (
 	ErrInvalid = errors.New("cache: invalid argument")
 	// ErrArena is matched by *ArenaError.
 	ErrArena = errors.New("cache: unusable arena")
+	// ErrArenaLayout is matched by an *ArenaError about an arena that is most
+	// likely sound, but laid out by another version of this package.
+	ErrArenaLayout = errors.New("cache: arena of another layout")
 	// ErrUnclaimed is returned by Get and Create when all ways of a set hold
 	// dirty tables of images that a predecessor had open and this process has not
 	// opened yet. Open or Forget what Unclaimed lists, and try again.
@@ -27,13 +30,16 @@ var (
 // changed. What its process had not written back is lost, as by a power loss;
 // Options.Fresh goes on without it. It matches ErrArena.
 type ArenaError struct {
-	Path string
-	Msg  string
+	Path   string
+	Msg    string
+	Layout bool // it matches ErrArenaLayout as well
 }
 
 func (e *ArenaError) Error() string {
 	return fmt.Sprintf("cache: arena %q is not usable: %s", e.Path, e.Msg)
 }
 
-// Is reports whether target is ErrArena.
-func (e *ArenaError) Is(target error) bool { return target == ErrArena }
+// Is reports whether target is ErrArena, or ErrArenaLayout where that is so.
+func (e *ArenaError) Is(target error) bool {
+	return target == ErrArena || (target == ErrArenaLayout && e.Layout)
+}

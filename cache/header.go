@@ -3,6 +3,7 @@ package cache
 import (
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"os"
@@ -36,6 +37,9 @@ const (
 	maxArenaSlots = maxBytes / slotBytes
 )
 
+// errLayout is the error of decodeHeader for the header of another layout.
+var errLayout = errors.New("another layout")
+
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // decodeHeader decodes b, which holds headerBytes bytes. It checks form, not
@@ -44,11 +48,12 @@ func decodeHeader(b []byte) (header, error) {
 	if string(b[0:8]) != headerMagic {
 		return header{}, fmt.Errorf("magic %q, want %q", b[0:8], headerMagic)
 	}
+	// Before the checksum, which another layout may have elsewhere.
+	if v := binary.LittleEndian.Uint32(b[8:]); v != headerLayout {
+		return header{}, fmt.Errorf("%w: version %d, this program has %d", errLayout, v, headerLayout)
+	}
 	if got, want := binary.LittleEndian.Uint32(b[60:]), crc32.Checksum(b[:60], castagnoli); got != want {
 		return header{}, fmt.Errorf("header checksum %#x, want %#x", got, want)
-	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != headerLayout {
-		return header{}, fmt.Errorf("layout version %d, want %d", v, headerLayout)
 	}
 	if n := binary.LittleEndian.Uint32(b[12:]); n != slotBytes {
 		return header{}, fmt.Errorf("slots of %d bytes, want %d", n, slotBytes)

@@ -55,12 +55,17 @@ func (linuxHost) GrowsMounted(fstype string) bool {
 	if fstype != fsExt4 {
 		return true
 	}
+	return Capable(unix.CAP_SYS_RESOURCE)
+}
+
+// Capable reports whether this process has a capability, unix.CAP_*.
+func Capable(capability int) bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&header, &data[0]); err != nil {
 		return false
 	}
-	return data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+	return data[capability/32].Effective&(1<<(capability%32)) != 0
 }
 
 // Grow implements Host. The programs do nothing when there is nothing to do.

@@ -26,6 +26,11 @@ func (p *Pool) Recover(ctx context.Context) {
 		}
 		workers.Go(func() {
 			defer func() { <-slots }()
+			unlock, err := p.locks.lock(ctx, id)
+			if err != nil {
+				return // an operation on it opens it
+			}
+			defer unlock()
 			if d, err := p.openAny(ctx, id); err == nil {
 				_ = d.Close() // noted for Health, as is an error of opening
 			}

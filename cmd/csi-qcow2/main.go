@@ -8,9 +8,17 @@ import (
 	"os/signal"
 
 	"golang.org/x/sys/unix"
+
+	"csi-qcow2/internal/aside"
 )
 
 func main() {
+	if status, child := aside.Main(); child {
+		os.Exit(status)
+	}
+	if len(os.Args) > 1 && os.Args[1] == "node" {
+		markThreads()
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()

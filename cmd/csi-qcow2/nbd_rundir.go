@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -8,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"csi-qcow2/cache"
 	"csi-qcow2/internal/imagefile"
 	"csi-qcow2/qcow2"
 )
@@ -22,7 +22,7 @@ const servingName = "serving"
 // and the name of its image.
 type nbdRunDir struct {
 	path   string
-	tables *cache.Cache
+	tables *arena
 }
 
 // openNBDRunDir prepares dir for serving the image file name, and sets in o what
@@ -35,7 +35,7 @@ func openNBDRunDir(dir, name string, o *imagefile.Options) (*nbdRunDir, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	tables, err := openCache(dir, qcow2.DefaultCacheBytes)
+	tables, err := openArena(context.Background(), 0, dir, qcow2.DefaultCacheBytes)
 	if err != nil {
 		return nil, fmt.Errorf("run directory %q: %w", dir, err)
 	}
@@ -49,10 +49,10 @@ func openNBDRunDir(dir, name string, o *imagefile.Options) (*nbdRunDir, error) {
 		err = fmt.Errorf("run directory %q: the server of %q was killed; serve that image once more, or remove the directory and lose what was not flushed", dir, previous)
 	}
 	if err != nil {
-		return nil, errors.Join(err, tables.Close())
+		return nil, errors.Join(err, tables.close())
 	}
 	sum := sha256.Sum256([]byte(name))
-	o.Cache, o.ID, o.Unclean = tables, [16]byte(sum[:16]), previous != nil
+	o.Cache, o.ID, o.Unclean = tables.Cache, [16]byte(sum[:16]), previous != nil
 	return r, nil
 }
 
@@ -64,5 +64,5 @@ func (r *nbdRunDir) close(clean bool) error {
 	if clean {
 		err = os.Remove(r.serving())
 	}
-	return errors.Join(err, r.tables.Close())
+	return errors.Join(err, r.tables.close())
 }
