@@ -21,22 +21,42 @@ var killStates = flag.Int("kill", 3000, "states that TestKilledAnywhere checks")
 // at stores into the arena and at operations on the file, before, after and in
 // the middle, looks at what a SIGKILL just then would leave: the arena as it is
 // and the page cache as it is. A successor must find every acknowledged change
-// (P1) in an image that is not corrupt (P3).
+// (P1) in an image that is not corrupt (P3). Some successors are killed while they
+// take over, and after some the power fails.
 type killRun struct {
-	t     *testing.T
-	rng   *rand.Rand
-	dir   string
-	arena string
-	disk  *storagetest.Disk
-	im    *qcow2.Image
+	t   *testing.T
+	rng *rand.Rand
+	dir string
+	im  *qcow2.Image
 
 	content []byte            // acknowledged
 	snaps   map[string][]byte // acknowledged, by ID
 	doing   killDoing
-	odds    int  // one state of odds is looked at
-	looking bool // a look is under way: what the successor does is not looked at
-	states  int
+	flushed []byte      // what the last acknowledged flush made durable
+	since   []killDoing // acknowledged after it
+
+	counts killCounts
 }
+
+type killCounts struct {
+	states int // looked at
+	again  int // of them, in a takeover
+	power  int // power losses after a takeover
+}
+
+// A killProcess is a process that may be killed: the one that does the
+// operations, or a successor of it.
+type killProcess struct {
+	r       *killRun
+	disk    *storagetest.Disk
+	arena   string
+	depth   int  // takeovers before it
+	odds    int  // one state of odds is looked at
+	looking bool // a look is under way, or nothing is to be looked at
+}
+
+// maxKillDepth bounds the kills of those who take over from the killed.
+const maxKillDepth = 3
 
 // killDoing is the operation that is not acknowledged yet.
 type killDoing struct {
@@ -47,23 +67,23 @@ type killDoing struct {
 	size     int64  // size that the disk grows to, 0: none
 }
 
-// killFile is the file of the image of a killRun.
+// killFile is the file of the image of a killProcess.
 type killFile struct {
 	*storagetest.Disk
-	r *killRun
+	p *killProcess
 }
 
 func (f *killFile) WriteAt(p []byte, off int64) (int, error) {
-	f.r.look(nil)
+	f.p.look(nil)
 	if len(p) > storagetest.PageSize { // pwrite copies page by page
-		cut := (1 + f.r.rng.IntN(len(p)/storagetest.PageSize)) * storagetest.PageSize
-		f.r.look(func(d *storagetest.Disk) error {
+		cut := (1 + f.p.r.rng.IntN(len(p)/storagetest.PageSize)) * storagetest.PageSize
+		f.p.look(func(d *storagetest.Disk) error {
 			_, err := d.WriteAt(p[:cut], off)
 			return err
 		})
 	}
 	n, err := f.Disk.WriteAt(p, off)
-	f.r.look(nil)
+	f.p.look(nil)
 	return n, err
 }
 
@@ -73,19 +93,19 @@ func (f *killFile) WritevAt(bufs [][]byte, off int64) (int, error) {
 
 func (f *killFile) Truncate(size int64) error {
 	err := f.Disk.Truncate(size)
-	f.r.look(nil)
+	f.p.look(nil)
 	return err
 }
 
 func (f *killFile) Punch(off, n int64) error {
 	err := f.Disk.Punch(off, n)
-	f.r.look(nil)
+	f.p.look(nil)
 	return err
 }
 
 func (f *killFile) Datasync() error {
 	err := f.Disk.Datasync()
-	f.r.look(nil)
+	f.p.look(nil)
 	return err
 }
 
@@ -97,53 +117,106 @@ var killImage = [16]byte{1}
 
 // look checks the state of this moment, now and then. partial, if not nil,
 // changes the copy of the file first.
-func (r *killRun) look(partial func(*storagetest.Disk) error) {
-	if r.looking || r.t.Failed() || r.rng.IntN(r.odds) != 0 {
+func (p *killProcess) look(partial func(*storagetest.Disk) error) {
+	r := p.r
+	if p.looking || r.t.Failed() || r.rng.IntN(p.odds) != 0 {
 		return
 	}
-	r.looking = true
-	defer func() { r.looking = false }()
-	disk := r.disk.Clone()
+	p.looking = true
+	defer func() { p.looking = false }()
+	disk := p.disk.Fork()
 	if partial != nil {
 		if err := partial(disk); err != nil {
 			r.t.Error(err)
 		}
 	}
-	mem, err := os.ReadFile(r.arena)
+	mem, err := os.ReadFile(p.arena)
 	if err != nil {
 		r.t.Error(err)
 		return
 	}
-	r.states++
-	if err := r.takeOver(mem, disk); err != nil {
-		r.t.Errorf("killed during %s: %v", r.doing.text, err)
+	r.counts.states++
+	next := &killProcess{r: r, disk: disk, arena: filepath.Join(r.dir, fmt.Sprint("successor", p.depth)), depth: p.depth + 1, odds: 8}
+	next.looking = next.depth == maxKillDepth || r.rng.IntN(16) != 0
+	if err := os.WriteFile(next.arena, mem, 0o600); err != nil {
+		r.t.Error(err)
+		return
+	}
+	if p.depth > 0 {
+		r.counts.again++
+	}
+	if err := next.takeOver(); err != nil {
+		r.t.Errorf("killed during %s, %d takeovers before: %v", r.doing.text, p.depth, err)
 	}
 }
 
 // takeOver is the successor.
-func (r *killRun) takeOver(mem []byte, disk *storagetest.Disk) error {
-	ctx := r.t.Context()
-	path := filepath.Join(r.dir, "successor")
-	if err := os.WriteFile(path, mem, 0o600); err != nil {
-		return err
-	}
-	c, err := killCache(path, nil)
+func (p *killProcess) takeOver() error {
+	r, ctx := p.r, p.r.t.Context()
+	c, err := killCache(p.arena, func() { p.look(nil) })
 	if err != nil {
 		return fmt.Errorf("arena: %w", err)
 	}
 	// A successor that is not told of the kill finds the same, but for leaks.
 	told := r.rng.IntN(4) != 0
-	im, err := qcow2.Open(ctx, disk, qcow2.Options{Cache: c, ID: killImage, Unclean: told, PassDiscard: true})
+	im, err := qcow2.Open(ctx, &killFile{p.disk, p}, qcow2.Options{Cache: c, ID: killImage, Unclean: told, PassDiscard: true})
+	p.looking = true
 	if err != nil {
 		return err
 	}
-	if err := r.checkContent(im); err != nil {
+	if err := r.checkContent(im, r.acknowledged); err != nil {
 		return err
 	}
 	res, err := im.Check(ctx, qcow2.CheckOptions{})
 	if err != nil || res.Corruptions > 0 || told && !res.Clean() {
 		return fmt.Errorf("check after the takeover: %+v, %v", res, err)
 	}
+	if err := r.checkSnapshots(im, p.disk); err != nil {
+		return err
+	}
+	if r.rng.IntN(8) == 0 {
+		if err := r.losePower(im, p.disk); err != nil {
+			return fmt.Errorf("power loss after the takeover: %w", err)
+		}
+	}
+	if err := im.Close(); err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// losePower lets the power fail once im was taken over, and now and then after a
+// flush that the client has sent again.
+func (r *killRun) losePower(im *qcow2.Image, disk *storagetest.Disk) error {
+	r.counts.power++
+	want := r.durable
+	if r.rng.IntN(2) == 0 {
+		if err := im.Flush(); err != nil {
+			return err
+		}
+		want = r.acknowledged
+	}
+	disk = disk.CrashClone(r.rng)
+	im, err := qcow2.Open(r.t.Context(), disk, qcow2.Options{Unclean: true})
+	if err != nil {
+		return err
+	}
+	if err := r.checkContent(im, want); err != nil {
+		return err
+	}
+	res, err := im.Check(r.t.Context(), qcow2.CheckOptions{})
+	if err != nil || !res.Clean() {
+		return fmt.Errorf("check: %+v, %v", res, err)
+	}
+	if err := r.checkSnapshots(im, disk); err != nil {
+		return err
+	}
+	return im.Close()
+}
+
+// checkSnapshots compares the snapshots of im, whose file is disk, with those
+// that were acknowledged.
+func (r *killRun) checkSnapshots(im *qcow2.Image, disk *storagetest.Disk) error {
 	for _, s := range im.Snapshots() {
 		if err := r.checkSnapshot(disk, s.ID); err != nil {
 			return err
@@ -154,10 +227,7 @@ func (r *killRun) takeOver(mem []byte, disk *storagetest.Disk) error {
 			return fmt.Errorf("snapshot %s is lost", id)
 		}
 	}
-	if err := im.Close(); err != nil {
-		return err
-	}
-	return c.Close()
+	return nil
 }
 
 func hasSnapshot(im *qcow2.Image, id string) bool {
@@ -169,9 +239,8 @@ func hasSnapshot(im *qcow2.Image, id string) bool {
 	return false
 }
 
-// checkContent compares the image with what was acknowledged; the operation under
-// way may have changed each of its sectors or not.
-func (r *killRun) checkContent(im *qcow2.Image) error {
+// checkContent compares each sector of the image with what it may hold.
+func (r *killRun) checkContent(im *qcow2.Image, may func(off int64, sector []byte) bool) error {
 	size := im.Size()
 	if size != int64(len(r.content)) && size != r.doing.size {
 		return fmt.Errorf("size %d, want %d", size, len(r.content))
@@ -182,17 +251,39 @@ func (r *killRun) checkContent(im *qcow2.Image) error {
 	}
 	const sector = storagetest.SectorSize
 	for off := 0; off < len(got); off += sector {
-		g, want := got[off:off+sector], r.content[off:off+sector]
-		if bytes.Equal(g, want) {
-			continue
+		if g, want := got[off:off+sector], r.content[off:off+sector]; !bytes.Equal(g, want) && !may(int64(off), g) {
+			return fmt.Errorf("sector at %#x: %x…, want %x…", off, g[:8], want[:8])
 		}
-		in := int64(off) - r.doing.off
-		if r.doing.now != nil && in >= 0 && in < r.doing.n && bytes.Equal(g, r.doing.now[in:in+sector]) {
-			continue
-		}
-		return fmt.Errorf("sector at %#x: %x…, want %x…", off, g[:8], want[:8])
 	}
 	return nil
+}
+
+// acknowledged says what a sector may hold beside what was acknowledged: the
+// operation under way may have changed it or not.
+func (r *killRun) acknowledged(off int64, sector []byte) bool { return r.doing.wrote(off, sector) }
+
+// durable says what a sector may hold after a power loss: what it held at the
+// last flush, or what it was given since.
+func (r *killRun) durable(off int64, sector []byte) bool {
+	old := make([]byte, len(sector))
+	if off < int64(len(r.flushed)) {
+		old = r.flushed[off:][:len(sector)]
+	}
+	if bytes.Equal(sector, old) || r.doing.wrote(off, sector) {
+		return true
+	}
+	for _, d := range r.since {
+		if d.wrote(off, sector) {
+			return true
+		}
+	}
+	return false
+}
+
+// wrote reports whether d writes just this to the sector at off.
+func (d *killDoing) wrote(off int64, sector []byte) bool {
+	in := off - d.off
+	return d.now != nil && in >= 0 && in < d.n && bytes.Equal(sector, d.now[in:][:len(sector)])
 }
 
 func (r *killRun) checkSnapshot(disk *storagetest.Disk, id string) error {
@@ -248,7 +339,9 @@ func (r *killRun) do(clusterSize int64) error {
 		return err
 	case k < 17:
 		r.doing = killDoing{text: "flush"}
-		return r.im.Flush()
+		err := r.im.Flush()
+		r.flushed, r.since = bytes.Clone(r.content), nil
+		return err
 	case k < 18 && len(r.snaps) < 2:
 		r.doing = killDoing{text: "create snapshot", snapshot: fmt.Sprint("s", rng.Uint32())}
 		_, err := r.im.CreateSnapshot(ctx, qcow2.Snapshot{ID: r.doing.snapshot})
@@ -276,46 +369,50 @@ func (r *killRun) do(clusterSize int64) error {
 func TestKilledAnywhere(t *testing.T) {
 	t.Parallel()
 	rng := newRand(t)
-	states := 0
-	for i := 0; states < *killStates && !t.Failed(); i++ {
+	var total killCounts
+	for i := 0; total.states < *killStates && !t.Failed(); i++ {
 		clusterSize := []int64{512, 4096, 1024}[i%3]
 		refcountBits := []int{16, 64, 2, 8}[i%4]
-		r := &killRun{t: t, rng: rng, dir: scratch(t), disk: storagetest.NewDisk(), snaps: make(map[string][]byte), odds: 12}
-		r.history(clusterSize, refcountBits, min(400, *killStates-states))
-		states += r.states
+		r := &killRun{t: t, rng: rng, dir: scratch(t), snaps: make(map[string][]byte)}
+		r.history(clusterSize, refcountBits, min(400, *killStates-total.states))
+		total.states += r.counts.states
+		total.again += r.counts.again
+		total.power += r.counts.power
 	}
 	if t.Failed() {
 		return // the zeroes below would not be true
 	}
-	t.Logf("kills: %d states, acknowledged writes lost 0, corruptions 0", states)
+	t.Logf("kills: %d states, %d of them in a takeover, %d power losses after one: acknowledged writes lost 0, corruptions 0",
+		total.states, total.again, total.power)
 }
 
 // history runs one image until limit states were checked.
 func (r *killRun) history(clusterSize int64, refcountBits, limit int) {
 	t, size := r.t, int64(96<<10)
-	r.arena = filepath.Join(r.dir, "arena")
+	p := &killProcess{r: r, disk: storagetest.NewDisk(), arena: filepath.Join(r.dir, "arena"), odds: 12, looking: true}
 	r.content = make([]byte, size)
-	if err := qcow2.Create(t.Context(), r.disk, size, qcow2.CreateOptions{ClusterSize: clusterSize, RefcountBits: refcountBits}); err != nil {
+	if err := qcow2.Create(t.Context(), p.disk, size, qcow2.CreateOptions{ClusterSize: clusterSize, RefcountBits: refcountBits}); err != nil {
 		t.Fatal(err)
 	}
+	p.disk.RecordTail()
 	r.doing.text = "open"
-	c, err := killCache(r.arena, func() { r.look(nil) })
+	c, err := killCache(p.arena, func() { p.look(nil) })
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.looking = true // the arena is not ready before the image is open
-	r.im, err = qcow2.Open(t.Context(), &killFile{r.disk, r}, qcow2.Options{Cache: c, ID: killImage, PassDiscard: true})
-	r.looking = false
+	r.im, err = qcow2.Open(t.Context(), &killFile{p.disk, p}, qcow2.Options{Cache: c, ID: killImage, PassDiscard: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for r.states < limit && !t.Failed() {
+	p.looking = false // the arena is ready
+	for r.counts.states < limit && !t.Failed() {
 		if err := r.do(clusterSize); err != nil {
 			t.Errorf("%s: %v", r.doing.text, err)
 		}
+		r.since = append(r.since, r.doing)
 		r.doing = killDoing{text: "nothing"}
 	}
-	r.looking = true
+	p.looking = true
 	if err := r.im.Close(); err != nil {
 		t.Error(err)
 	}

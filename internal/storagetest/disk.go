@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -42,6 +44,7 @@ type Disk struct {
 	durableSize int64           // guarded by mu
 
 	log    *Log     // guarded by mu; nil unless Record was called
+	tail   bool     // the log starts anew at every sync
 	faults []*Fault // guarded by mu
 	counts counts   // guarded by mu
 	direct int      // guarded by mu; alignment that requests must have, 0 for none
@@ -112,6 +115,22 @@ func (d *Disk) Clone() *Disk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return &Disk{pages: d.freeze(), size: d.size, durable: make(map[int64]*page), durableSize: d.size}
+}
+
+// Fork is Clone for a disk that records its tail: what is not durable in d is
+// not durable in the copy either, which records its tail too.
+func (d *Disk) Fork() *Disk {
+	c := d.Clone()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, p := range d.durable {
+		if p != nil {
+			p.frozen = true
+		}
+	}
+	c.durable, c.durableSize = maps.Clone(d.durable), d.durableSize
+	c.log, c.tail = &Log{base: d.log.base, size: d.log.size, events: slices.Clone(d.log.events)}, true
+	return c
 }
 
 // freeze returns a copy of the page map, whose pages it freezes. d.mu is held.
@@ -370,6 +389,9 @@ func (d *Disk) change(e Event) {
 	case OpSync:
 		clear(d.durable)
 		d.durableSize = d.size
+		if d.tail {
+			d.startTail()
+		}
 	case opDrop:
 		for i, p := range d.durable {
 			d.setPage(i, p)

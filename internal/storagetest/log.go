@@ -120,6 +120,20 @@ func (d *Disk) Record() *Log {
 	return d.log
 }
 
+// RecordTail is Record for a log that starts anew at every sync: enough for
+// CrashClone, in bounded memory.
+func (d *Disk) RecordTail() {
+	d.Record()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tail = true
+}
+
+// startTail lets the log begin here, with everything durable. d.mu is held.
+func (d *Disk) startTail() {
+	d.log = &Log{base: d.freeze(), size: d.size}
+}
+
 // Position returns the number of events in the log of d: the crash point "now".
 func (d *Disk) Position() int {
 	d.mu.Lock()
