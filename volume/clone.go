@@ -82,7 +82,7 @@ func (p *Pool) sourceSnapshot(ctx context.Context, req CreateRequest, rec volume
 	}
 	snap, err := p.takeSnapshot(ctx, e, snapshotRecord{
 		ID: p.makeID(kindHidden, rec.ID, 0), Volume: e.id, Hidden: true, Filesystem: source.Filesystem,
-	})
+	}, req.Quiesce)
 	if err != nil {
 		p.wakeReaper()
 		return snapshotRecord{}, err

@@ -79,6 +79,9 @@ func (p *Pool) DeleteSnapshot(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
+		if p.groupOf(rec) != "" {
+			return fmt.Errorf("%w: snapshot %s is a member of the group snapshot %s; delete that", ErrInvalid, id, rec.Group)
+		}
 		rec.State = snapshotDeleted
 		if err := p.putSnapshot(e, rec); err != nil {
 			return err
@@ -138,7 +141,7 @@ func (p *Pool) Reap(ctx context.Context) (left bool, err error) {
 		for {
 			progress, busy, err := p.reapPass(ctx)
 			if err != nil || !progress {
-				return busy, err
+				return busy, errors.Join(err, p.reapGroups())
 			}
 		}
 	})

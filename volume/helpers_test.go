@@ -173,7 +173,7 @@ func reap(t *testing.T, p *Pool) {
 func files(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string
-	for _, top := range []string{volumesDir, incomingDir} {
+	for _, top := range []string{volumesDir, incomingDir, groupsDir} {
 		err := filepath.WalkDir(filepath.Join(dir, top), func(path string, d os.DirEntry, err error) error {
 			if err == nil && path != filepath.Join(dir, top) {
 				rel, _ := filepath.Rel(dir, path)

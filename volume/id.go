@@ -15,6 +15,7 @@ import (
 //
 //	vol-<pool8>-<32 hex>    a volume
 //	snap-<pool8>-<32 hex>   a snapshot
+//	group-<pool8>-<32 hex>  a group snapshot
 //
 // pool8 is the first 8 digits of the pool's UUID. The 32 digits are 128 bits of
 // HMAC-SHA256 over the CSI name with the pool's UUID as the key: a retry of the
@@ -23,27 +24,30 @@ import (
 var (
 	volumeIDPattern   = regexp.MustCompile(`^vol-([0-9a-f]{8})-[0-9a-f]{32}$`)
 	snapshotIDPattern = regexp.MustCompile(`^snap-([0-9a-f]{8})-[0-9a-f]{32}$`)
+	groupIDPattern    = regexp.MustCompile(`^group-([0-9a-f]{8})-[0-9a-f]{32}$`)
 )
 
-// PoolOf returns the first 8 digits of the UUID of the pool that the volume or
-// snapshot id belongs to, or ErrInvalid when id is not one of ours.
+// PoolOf returns the first 8 digits of the UUID of the pool that the volume,
+// snapshot or group snapshot id belongs to, or ErrInvalid when id is not one of ours.
 func PoolOf(id string) (string, error) {
-	for _, pattern := range []*regexp.Regexp{volumeIDPattern, snapshotIDPattern} {
+	for _, pattern := range []*regexp.Regexp{volumeIDPattern, snapshotIDPattern, groupIDPattern} {
 		if m := pattern.FindStringSubmatch(id); m != nil {
 			return m[1], nil
 		}
 	}
-	return "", fmt.Errorf("%w: %q is not a volume or snapshot ID", ErrInvalid, id)
+	return "", fmt.Errorf("%w: %q is not the ID of a volume, snapshot or group snapshot", ErrInvalid, id)
 }
 
-// idKind separates the names of volumes, snapshots and hidden snapshots: equal
-// names of different kinds get unrelated IDs.
+// idKind separates the names of volumes, snapshots and so on: equal names of
+// different kinds get unrelated IDs.
 type idKind string
 
 const (
 	kindVolume   idKind = "vol"
 	kindSnapshot idKind = "snap"
 	kindHidden   idKind = "hidden" // of the clone's volume ID
+	kindGroup    idKind = "group"
+	kindMember   idKind = "member" // of a group ID and a volume ID
 )
 
 // makeID returns the n-th candidate for the ID of name. Candidates after the
@@ -55,7 +59,7 @@ func (p *Pool) makeID(kind idKind, name string, n int) string {
 		mac.Write([]byte{0})
 	}
 	prefix := kind
-	if kind == kindHidden {
+	if kind == kindHidden || kind == kindMember {
 		prefix = kindSnapshot
 	}
 	return fmt.Sprintf("%s-%s-%s", prefix, p.ID(), hex.EncodeToString(mac.Sum(nil)[:16]))

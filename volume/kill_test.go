@@ -182,6 +182,17 @@ func TestKilledAtEveryStep(t *testing.T) {
 			_, err := p.Create(ctx, CreateRequest{Name: "new", Params: q, Source: Source{Volume: f.ids["cloned"]}})
 			return err
 		}, content: 3},
+		{name: "group", run: func(ctx context.Context, p *Pool, f family) error {
+			_, err := p.CreateGroup(ctx, "new", []string{f.ids["cloned"], f.ids["a"], f.ids["grandchild"]}, nil)
+			return err
+		}},
+		{name: "delete group", run: func(ctx context.Context, p *Pool, f family) error {
+			if _, err := p.CreateGroup(ctx, "new", []string{f.ids["a"], f.ids["restored"]}, nil); err != nil {
+				return err
+			}
+			id, _ := p.GroupNamed("new")
+			return p.DeleteGroup(ctx, id)
+		}},
 		{name: "revert", run: func(ctx context.Context, p *Pool, f family) error {
 			_, err := p.Revert(ctx, f.ids["a"], f.ids["s1"])
 			return err

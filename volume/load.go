@@ -36,7 +36,7 @@ func (p *Pool) load() error {
 	for _, e := range p.volumes {
 		p.countDependent(e, 1)
 	}
-	return nil
+	return p.loadGroups()
 }
 
 // loadVolume reads the records and the header of one volume. Its error is that

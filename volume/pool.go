@@ -52,10 +52,11 @@ type Pool struct {
 	views   shared[viewRef, *qcow2.Image]
 
 	mu        sync.Mutex
-	closed    bool              // guarded by mu
-	volumes   map[string]*entry // by volume ID, tombstones included; guarded by mu
-	snapshots map[string]*entry // by snapshot ID: the entry of its volume; guarded by mu
-	failures  map[string]error  // background failures by volume ID; guarded by mu
+	closed    bool                    // guarded by mu
+	volumes   map[string]*entry       // by volume ID, tombstones included; guarded by mu
+	snapshots map[string]*entry       // by snapshot ID: the entry of its volume; guarded by mu
+	groups    map[string]*groupRecord // by ID, tombstones included; the records are replaced, never changed; guarded by mu
+	failures  map[string]error        // background failures by volume ID; guarded by mu
 }
 
 // An entry is a volume in the index.
@@ -121,6 +122,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 		copies:    make(chan struct{}, 1),
 		volumes:   make(map[string]*entry),
 		snapshots: make(map[string]*entry),
+		groups:    make(map[string]*groupRecord),
 		failures:  make(map[string]error),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -217,14 +219,14 @@ func (p *Pool) initialise() (poolRecord, error) {
 		switch name {
 		case lockName, "lost+found":
 			continue
-		case incomingDir, volumesDir:
+		case incomingDir, volumesDir, groupsDir:
 			if inside, err := p.dir.List(name); err == nil && len(inside) == 0 {
 				continue
 			}
 		}
 		return poolRecord{}, fmt.Errorf("%w: it has no %s and holds %q; give an empty directory", ErrNotPool, poolRecordName, name)
 	}
-	for _, name := range []string{incomingDir, volumesDir} {
+	for _, name := range []string{incomingDir, volumesDir, groupsDir} {
 		if err := p.dir.Mkdir(name); err != nil {
 			return poolRecord{}, err
 		}

@@ -15,6 +15,7 @@ const (
 	volumeRecName  = "volume.json"
 	snapshotsDir   = "snapshots"
 	viewsDir       = "views"
+	groupsDir      = "groups"
 )
 
 func volumeDir(id string) string    { return path.Join(volumesDir, id) }
@@ -22,6 +23,7 @@ func incomingName(id string) string { return path.Join(incomingDir, id) }
 func snapshotRecName(vol, id string) string {
 	return path.Join(volumesDir, vol, snapshotsDir, id+".json")
 }
+func groupRecName(id string) string { return path.Join(groupsDir, id+".json") }
 func viewName(v viewRef) string {
 	return path.Join(volumesDir, v.Volume, viewsDir, v.Snapshot+".qcow2")
 }
@@ -32,9 +34,11 @@ const (
 	poolKind        = "csi-qcow2 pool"
 	volumeKind      = "csi-qcow2 volume"
 	snapshotKind    = "csi-qcow2 snapshot"
+	groupKind       = "csi-qcow2 group snapshot"
 	poolVersion     = 1
 	volumeVersion   = 1
 	snapshotVersion = 1
+	groupVersion    = 1
 )
 
 // A poolRecord marks a directory as a pool.
@@ -73,12 +77,25 @@ type snapshotRecord struct {
 	Volume     string        `json:"volume"`
 	Size       int64         `json:"size"` // virtual size when it was taken, bytes
 	Created    time.Time     `json:"created"`
-	State      snapshotState `json:"state"`
+	State      snapshotState `json:"state"` // of a member of a group, that of the group's record counts
 	Hidden     bool          `json:"hidden,omitempty"`
+	Group      string        `json:"group,omitempty"` // ID of the group snapshot that it is a member of
 	Filesystem Filesystem    `json:"filesystem"`
 }
 
-// A snapshotState says how far a snapshot is.
+// A groupRecord is what groups/<id>.json holds.
+type groupRecord struct {
+	ID        string        `json:"id"`
+	Name      string        `json:"name"`
+	Volumes   []string      `json:"volumes"`   // volume IDs, sorted
+	Snapshots []string      `json:"snapshots"` // snapshot IDs, in the order of Volumes
+	Created   time.Time     `json:"created"`
+	State     snapshotState `json:"state"`
+
+	damage error // why the rest is unknown; nil for a good record
+}
+
+// A snapshotState says how far a snapshot, or a group of them, is.
 type snapshotState string
 
 const (

@@ -18,24 +18,35 @@ type Snapshot struct {
 	Volume  string // volume ID; the volume itself may be gone
 	Size    int64  // virtual size when it was taken, bytes
 	Created time.Time
+	Group   string // ID of the group snapshot that it is a member of, "" for none
 }
 
 func (r *snapshotRecord) snapshot() Snapshot {
-	return Snapshot{r.ID, r.Name, r.Volume, r.Size, r.Created}
+	return Snapshot{r.ID, r.Name, r.Volume, r.Size, r.Created, r.Group}
 }
+
+// A Quiesce brings those who write to some volumes to rest, calls cut, which
+// takes milliseconds, and lets them go on. Its error undoes the snapshot. Nil
+// calls cut at once.
+type Quiesce func(ctx context.Context, cut func()) error
 
 // CreateSnapshot takes a snapshot of the volume id, attached or not, or finds
 // the one that an earlier call with the same name took. Writes that returned
 // before the call are in it. Errors: ErrNotFound, ErrIncompatible, ErrBusy,
 // ErrNoSpace, qcow2.ErrTooManySnapshots.
 func (p *Pool) CreateSnapshot(ctx context.Context, name, id string) (Snapshot, error) {
+	return p.CreateSnapshotQuiesced(ctx, name, id, nil)
+}
+
+// CreateSnapshotQuiesced is CreateSnapshot with the cut taken inside quiesce.
+func (p *Pool) CreateSnapshotQuiesced(ctx context.Context, name, id string, quiesce Quiesce) (Snapshot, error) {
 	if err := checkName(name); err != nil {
 		return Snapshot{}, err
 	}
-	return detach(ctx, p, func(ctx context.Context) (Snapshot, error) { return p.createSnapshot(ctx, name, id) })
+	return detach(ctx, p, func(ctx context.Context) (Snapshot, error) { return p.createSnapshot(ctx, name, id, quiesce) })
 }
 
-func (p *Pool) createSnapshot(ctx context.Context, name, id string) (Snapshot, error) {
+func (p *Pool) createSnapshot(ctx context.Context, name, id string, quiesce Quiesce) (Snapshot, error) {
 	snapID, _ := p.snapshotIDFor(name, id)
 	unlockName, err := p.locks.lock(ctx, snapID)
 	if err != nil {
@@ -63,7 +74,7 @@ func (p *Pool) createSnapshot(ctx context.Context, name, id string) (Snapshot, e
 	if err != nil {
 		return Snapshot{}, err
 	}
-	rec, err := p.takeSnapshot(ctx, e, snapshotRecord{ID: snapID, Name: name, Volume: id, Filesystem: vol.Filesystem})
+	rec, err := p.takeSnapshot(ctx, e, snapshotRecord{ID: snapID, Name: name, Volume: id, Filesystem: vol.Filesystem}, quiesce)
 	if err != nil {
 		p.wakeReaper()
 		return Snapshot{}, err
@@ -91,20 +102,65 @@ func (p *Pool) snapshotIDFor(name, vol string) (string, *snapshotRecord) {
 
 // takeSnapshot takes the snapshot of rec, from its intent to its final record.
 // The caller holds the ID lock of e.
-func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (_ *snapshotRecord, err error) {
+func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord, quiesce Quiesce) (*snapshotRecord, error) {
+	taken, err := p.takeSnapshots(ctx, []*entry{e}, []snapshotRecord{rec}, quiesce)
+	if err != nil {
+		return nil, err
+	}
+	return &taken[0], p.putSnapshot(e, taken[0])
+}
+
+// takeSnapshots takes the snapshots of records, each of the volume at the same
+// place of entries, at one moment. It returns their final records, which the
+// caller has to write. The caller holds the ID locks of the volumes.
+func (p *Pool) takeSnapshots(ctx context.Context, entries []*entry, records []snapshotRecord, quiesce Quiesce) (taken []snapshotRecord, err error) {
+	now := time.Now().UTC()
+	requests := make([]qcow2.SnapshotRequest, len(entries))
+	for i, e := range entries {
+		rec := records[i]
+		rec.State, rec.Created = snapshotCreating, now
+		taken = append(taken, rec)
+		d, err := p.prepareSnapshot(ctx, e, rec)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, d.Close()) }()
+		requests[i] = qcow2.SnapshotRequest{Image: d.Image, Snapshot: qcow2.Snapshot{Name: rec.ID, Date: now, ICount: -1}}
+	}
+	cuts, err := qcow2.CreateSnapshotsWithin(ctx, requests, func(cut func()) error {
+		if quiesce == nil {
+			cut()
+			return nil
+		}
+		return quiesce(ctx, cut)
+	})
+	if err != nil {
+		return nil, spaceError(fmt.Errorf("snapshot of %s: %w", entries[0].id, err))
+	}
+	for i := range taken {
+		taken[i].State, taken[i].Size = snapshotReady, cuts[i].DiskSize
+	}
+	return taken, nil
+}
+
+// prepareSnapshot writes the intent to take the snapshot of rec and opens the
+// image of e, which holds nothing of an earlier attempt then.
+func (p *Pool) prepareSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (*Disk, error) {
 	p.mu.Lock()
 	formatting := e.rec.Filesystem.State == FilesystemFormatting
+	shown := p.views.inUse(viewRef{e.id, rec.ID})
 	p.mu.Unlock()
 	if formatting {
 		// A clone of half a filesystem could neither be mounted nor formatted.
 		return nil, fmt.Errorf("%w: volume %s is being formatted", ErrBusy, e.id)
 	}
+	if shown {
+		return nil, fmt.Errorf("%w: an earlier snapshot %s is still open", ErrBusy, rec.ID)
+	}
 	// A hidden snapshot may follow one of the same ID whose clone was deleted.
 	if err := p.removeView(e, rec.ID); err != nil {
 		return nil, err
 	}
-	rec.State = snapshotCreating
-	rec.Created = time.Now().UTC()
 	if err := p.putSnapshot(e, rec); err != nil {
 		return nil, err
 	}
@@ -112,21 +168,12 @@ func (p *Pool) takeSnapshot(ctx context.Context, e *entry, rec snapshotRecord) (
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, d.Close()) }()
 	// What an interrupted attempt cut was promised to nobody, and is older than
 	// the writes that were acknowledged since.
 	if err := dropSnapshot(ctx, d.Image, rec.ID); err != nil {
-		return nil, err
+		return nil, errors.Join(err, d.Close())
 	}
-	s, err := d.Image.CreateSnapshot(ctx, qcow2.Snapshot{Name: rec.ID, Date: rec.Created, ICount: -1})
-	if err != nil {
-		return nil, spaceError(fmt.Errorf("snapshot of %s: %w", e.id, err))
-	}
-	rec.State, rec.Size = snapshotReady, s.DiskSize
-	if err := p.putSnapshot(e, rec); err != nil {
-		return nil, err
-	}
-	return &rec, nil
+	return d, nil
 }
 
 // dropSnapshot deletes the internal snapshot called name; its absence is success.
@@ -139,14 +186,18 @@ func dropSnapshot(ctx context.Context, im *qcow2.Image, name string) error {
 
 // putSnapshot writes a snapshot record durably, then into the index.
 func (p *Pool) putSnapshot(e *entry, rec snapshotRecord) error {
-	if err := durable.WriteRecord(p.dir, snapshotRecName(e.id, rec.ID), snapshotKind, snapshotVersion, rec); err != nil {
-		return spaceError(err)
+	if err := p.writeSnapshot(rec); err != nil {
+		return err
 	}
 	p.mu.Lock()
 	e.snapshots[rec.ID] = &rec
 	p.snapshots[rec.ID] = e
 	p.mu.Unlock()
 	return nil
+}
+
+func (p *Pool) writeSnapshot(rec snapshotRecord) error {
+	return spaceError(durable.WriteRecord(p.dir, snapshotRecName(rec.Volume, rec.ID), snapshotKind, snapshotVersion, rec))
 }
 
 // snapshotRecord returns the entry and record of a snapshot that users see.

@@ -72,6 +72,8 @@ type CreateRequest struct {
 	Size   SizeRange
 	Params Params
 	Source Source // at most one of its fields
+	// Quiesce is for the cut of a source that is a volume.
+	Quiesce Quiesce
 }
 
 // Create makes a volume, or finds the one that an earlier call with the same
