@@ -86,6 +86,7 @@ func newRootCommand() *cobra.Command {
 	root.AddCommand(
 		newControllerCommand(),
 		newDemoCommand(),
+		newHolderCommand(),
 		newImgCommand(),
 		newNBDCommand(),
 		newNodeCommand(),

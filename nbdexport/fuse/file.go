@@ -1,0 +1,43 @@
+package fuse
+
+import (
+	"errors"
+	"io"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A File is the content of the one file of a mount. Its methods may be called at
+// once, for ranges inside the file; memory for multiples of 4096 bytes is
+// aligned to that. An error with a syscall.Errno in its tree gives its number to
+// the answer, see errnoOf.
+type File interface {
+	// ReadAt reads all of p or returns an error.
+	io.ReaderAt
+	// WriteAt writes all of p or returns an error. A process that was killed in it is
+	// followed by one that calls it again with the same arguments.
+	io.WriterAt
+	// WriteZeroes makes [off, off+n) read as zeroes, and may unmap it.
+	WriteZeroes(off, n int64, unmap bool) error
+	// Flush makes durable what has returned before.
+	Flush() error
+}
+
+// errnoOf is the error number of a File's error, EIO when it has none that the
+// kernel's block layer tells apart.
+func errnoOf(err error) syscall.Errno {
+	var errno syscall.Errno
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &errno):
+		switch errno {
+		case unix.ENOSPC, unix.EDQUOT:
+			return unix.ENOSPC
+		case unix.EROFS, unix.EPERM, unix.ENOMEM, unix.EOPNOTSUPP, unix.EINVAL:
+			return errno
+		}
+	}
+	return unix.EIO
+}
