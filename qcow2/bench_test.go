@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"testing/synctest"
 
 	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
@@ -201,22 +202,48 @@ func TestFlushCost(t *testing.T) {
 	write(128 << 10)
 	flush("after an allocation", 2)
 	flush("with nothing dirty", 1)
+}
 
-	const flushers = 32
-	write(256 << 10)
-	d.ResetCounts()
-	var wg sync.WaitGroup
-	for range flushers {
-		wg.Go(func() {
-			if err := im.Flush(); err != nil {
-				t.Error(err)
+// TestFlushesShare lets many clients flush while the first pass waits for its
+// first sync: they all share the one pass after it.
+func TestFlushesShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDisk(t, 64<<20, qcow2.CreateOptions{})
+		im := openDisk(t, d, qcow2.Options{})
+		if _, err := im.WriteAt(fill(4096, 1), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := im.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := im.WriteAt(fill(4096, 1), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		held := make(chan struct{})
+		d.SetHook(func(op storagetest.Op, _ int64) {
+			if op == storagetest.OpSync {
+				<-held
 			}
 		})
-	}
-	wg.Wait()
-	if got := d.Count(storagetest.OpSync); got > 2*flushers {
-		t.Errorf("%d flushes at once: %d syncs", flushers, got)
-	}
+		d.ResetCounts()
+		var wg sync.WaitGroup
+		for range 32 {
+			wg.Go(func() {
+				if err := im.Flush(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		close(held)
+		wg.Wait()
+		if got := d.Count(storagetest.OpSync); got != 3 {
+			t.Errorf("%d syncs, want 3: two of the first pass, one of the second", got)
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // TestSequentialWritesAreLarge counts the requests to the host file that a

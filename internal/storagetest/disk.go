@@ -154,7 +154,7 @@ func (d *Disk) SetDirect(align int) {
 	d.direct = align
 }
 
-// SetHook makes reads and writes call f with their offset before they do
+// SetHook makes reads, writes and syncs call f with their offset before they do
 // anything; f may wait, and so hold a request back while others go on. nil
 // means none.
 func (d *Disk) SetHook(f func(op Op, off int64)) {
@@ -266,6 +266,7 @@ func (d *Disk) write(op Op, off int64, bufs ...[]byte) (int, error) {
 
 // Datasync makes the content and the size of the file durable.
 func (d *Disk) Datasync() error {
+	d.callHook(OpSync, 0)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	err := d.start(OpSync, 0)
