@@ -9,7 +9,7 @@ import (
 )
 
 // TestDriverKnowsItsFlags builds the driver and holds the arguments in the
-// manifest against the flags of `csi-qcow2 node`.
+// manifests against its flags.
 func TestDriverKnowsItsFlags(t *testing.T) {
 	binary := filepath.Join(t.TempDir(), "csi-qcow2")
 	build := exec.Command("go", "build", "-o", binary, "./cmd/csi-qcow2")
@@ -17,22 +17,33 @@ func TestDriverKnowsItsFlags(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	help, err := exec.Command(binary, "node", "--help").CombinedOutput()
+	standard := newStandard(t)
+	for command, args := range map[string][]string{"node": standard.agent.Args, "controller": standard.central("driver").Args} {
+		wantKnown(t, binary, command, args)
+	}
+	for _, dir := range overlays {
+		wantKnown(t, binary, "node", newCluster(t, dir).agent.Args)
+	}
+}
+
+// wantKnown holds the arguments of a container against the help of a command.
+func wantKnown(t *testing.T, binary, command string, args []string) {
+	t.Helper()
+	help, err := exec.Command(binary, command, "--help").CombinedOutput()
 	if err != nil {
-		t.Fatalf("csi-qcow2 node --help: %v\n%s", err, help)
+		t.Fatalf("csi-qcow2 %s --help: %v\n%s", command, err, help)
 	}
 	known := map[string]bool{}
 	for _, match := range regexp.MustCompile(`(?m)^\s+(?:-\w, )?--([a-z-]+)`).FindAllSubmatch(help, -1) {
 		known[string(match[1])] = true
 	}
-	args := newCluster(t, "overlays/small").agent.Args
-	if len(args) < 5 || args[0] != "node" {
-		t.Fatalf("the driver's arguments are %q", args)
+	if len(args) < 5 || args[0] != command {
+		t.Fatalf("the arguments of %s are %q", command, args)
 	}
 	for _, arg := range args[1:] {
 		name, _, _ := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
 		if !known[name] {
-			t.Errorf("csi-qcow2 node has no flag --%s:\n%s", name, help)
+			t.Errorf("csi-qcow2 %s has no flag --%s:\n%s", command, name, help)
 		}
 	}
 }

@@ -6,10 +6,12 @@ import (
 	"strings"
 	"testing"
 
+	groupv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumegroupsnapshot/v1"
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -23,7 +25,8 @@ import (
 var scheme = func() *runtime.Scheme {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		appsv1.AddToScheme, corev1.AddToScheme, networkingv1.AddToScheme, rbacv1.AddToScheme, storagev1.AddToScheme, snapshotv1.AddToScheme,
+		appsv1.AddToScheme, corev1.AddToScheme, networkingv1.AddToScheme, rbacv1.AddToScheme, storagev1.AddToScheme,
+		policyv1.AddToScheme, snapshotv1.AddToScheme, groupv1.AddToScheme,
 	} {
 		utilruntime.Must(add(s))
 	}
@@ -152,7 +155,7 @@ func TestExamples(t *testing.T) {
 func TestOperatorNamesImages(t *testing.T) {
 	fs := filesys.MakeFsInMemory()
 	disk := filesys.MakeFsOnDisk()
-	for _, dir := range []string{"base", "overlays/small", "overlays/single-node"} {
+	for _, dir := range []string{"base", "overlays/small", "overlays/single-node", "overlays/standard"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.yaml"))
 		if err != nil || len(files) == 0 {
 			t.Fatalf("%s: %d files, %v", dir, len(files), err)
@@ -167,20 +170,27 @@ func TestOperatorNamesImages(t *testing.T) {
 			}
 		}
 	}
-	own := "resources: [../overlays/single-node]\nimages:\n"
-	for _, name := range []string{"csi-qcow2", "csi-provisioner", "csi-snapshotter", "csi-resizer", "csi-node-driver-registrar", "livenessprobe"} {
-		own += fmt.Sprintf("  - {name: %s, newName: images.example/storage/%s}\n", name, name)
-	}
-	if err := fs.WriteFile("/own/kustomization.yaml", []byte(own)); err != nil {
-		t.Fatal(err)
-	}
-	node, err := only[*appsv1.DaemonSet](render(t, fs, "/own"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range node.Spec.Template.Spec.Containers {
-		if !strings.HasPrefix(c.Image, "images.example/storage/") {
-			t.Errorf("container %s has image %s", c.Name, c.Image)
+	for _, overlay := range []string{"single-node", "standard"} {
+		own := "resources: [../overlays/" + overlay + "]\nimages:\n"
+		for _, name := range []string{"csi-qcow2", "csi-provisioner", "csi-snapshotter", "csi-resizer", "csi-node-driver-registrar", "livenessprobe"} {
+			own += fmt.Sprintf("  - {name: %s, newName: images.example/storage/%s}\n", name, name)
+		}
+		if err := fs.WriteFile("/own/kustomization.yaml", []byte(own)); err != nil {
+			t.Fatal(err)
+		}
+		for _, object := range render(t, fs, "/own") {
+			var pod corev1.PodSpec
+			switch o := object.(type) {
+			case *appsv1.DaemonSet:
+				pod = o.Spec.Template.Spec
+			case *appsv1.Deployment:
+				pod = o.Spec.Template.Spec
+			}
+			for _, c := range pod.Containers {
+				if !strings.HasPrefix(c.Image, "images.example/storage/") {
+					t.Errorf("%s: container %s has image %s", overlay, c.Name, c.Image)
+				}
+			}
 		}
 	}
 }

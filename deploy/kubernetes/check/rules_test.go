@@ -277,12 +277,17 @@ var rules = []rule{
 			check := func(name string, rules []rbacv1.PolicyRule) {
 				for _, r := range rules {
 					for _, word := range slices.Concat(r.Verbs, r.APIGroups, r.Resources) {
-						err = errors.Join(err, hold(word != "*" && word != "secrets" && word != "escalate" && word != "bind" && word != "impersonate", "%s says %q", name, word))
+						err = errors.Join(err, hold(word != "*" && word != "escalate" && word != "bind" && word != "impersonate", "%s says %q", name, word))
+					}
+					if slices.Contains(r.Resources, "secrets") {
+						err = errors.Join(err, hold(len(r.ResourceNames) > 0 && !slices.ContainsFunc(r.Verbs, func(v string) bool { return v != "get" && v != "update" }),
+							"%s may %v Secrets %v", name, r.Verbs, r.ResourceNames))
 					}
 				}
 			}
 			for _, r := range all[*rbacv1.ClusterRole](c.objects) {
 				check(r.Name, r.Rules)
+				err = errors.Join(err, hold(!slices.ContainsFunc(r.Rules, func(p rbacv1.PolicyRule) bool { return slices.Contains(p.Resources, "secrets") }), "%s reads Secrets of all namespaces", r.Name))
 			}
 			for _, r := range all[*rbacv1.Role](c.objects) {
 				check(r.Name, r.Rules)
@@ -304,14 +309,14 @@ var rules = []rule{
 			for _, r := range all[*rbacv1.Role](c.objects) {
 				roles["Role/"+r.Name] = true
 			}
-			account, e := only[*corev1.ServiceAccount](c.objects)
-			if e != nil {
-				return e
+			accounts := map[string]bool{}
+			for _, a := range all[*corev1.ServiceAccount](c.objects) {
+				accounts[a.Namespace+"/"+a.Name] = true
 			}
 			check := func(name string, ref rbacv1.RoleRef, subjects []rbacv1.Subject) {
 				err = errors.Join(err, hold(roles[ref.Kind+"/"+ref.Name], "%s binds %s %s, which is not there", name, ref.Kind, ref.Name))
 				for _, s := range subjects {
-					err = errors.Join(err, hold(s.Name == account.Name && s.Namespace == account.Namespace, "%s binds to %s/%s", name, s.Namespace, s.Name))
+					err = errors.Join(err, hold(accounts[s.Namespace+"/"+s.Name], "%s binds to %s/%s", name, s.Namespace, s.Name))
 				}
 			}
 			for _, b := range all[*rbacv1.ClusterRoleBinding](c.objects) {
@@ -320,7 +325,7 @@ var rules = []rule{
 			for _, b := range all[*rbacv1.RoleBinding](c.objects) {
 				check(b.Name, b.RoleRef, b.Subjects)
 			}
-			return errors.Join(err, hold(c.pod.ServiceAccountName == account.Name, "the pod runs as %q", c.pod.ServiceAccountName))
+			return errors.Join(err, hold(accounts[c.node.Namespace+"/"+c.pod.ServiceAccountName], "the pod runs as %q", c.pod.ServiceAccountName))
 		},
 		func(c *cluster) { c.pod.ServiceAccountName = "default" },
 	},
@@ -384,9 +389,12 @@ var rules = []rule{
 	},
 }
 
+// overlays are the kustomizations that a cluster can have.
+var overlays = []string{"overlays/small", "overlays/single-node", "overlays/standard"}
+
 // TestRules holds every rule in every cluster, and shows that each can fail.
 func TestRules(t *testing.T) {
-	for _, dir := range []string{"overlays/small", "overlays/single-node"} {
+	for _, dir := range overlays {
 		for _, r := range rules {
 			t.Run(dir+"/"+r.name, func(t *testing.T) {
 				c := newCluster(t, dir)
