@@ -65,6 +65,10 @@ test-sabotage: ## break one rule of the code at a time: the tests must notice (p
 	@hack/deps.sh demo test
 	@hack/test.sh sabotage
 
+.PHONY: test-e2e
+test-e2e: ## the driver on a real Kubernetes of one node; PARTS='build up deploy test suite down'
+	@hack/e2e.sh $(PARTS)
+
 .PHONY: manifests
 manifests: ## render and check deploy/kubernetes (part of test)
 	@hack/test.sh manifests

@@ -1,0 +1,121 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// nodeName is the cluster's only node.
+func nodeName() string { return os.Getenv("NODE") }
+
+// restart kills a daemon of the cluster with SIGKILL; its supervisor starts it again.
+func restart(t *testing.T, daemon string) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), filepath.Join(os.Getenv("CLUSTER"), "restart.sh"), daemon).CombinedOutput()
+	if err != nil {
+		t.Fatalf("restart %s: %v: %s", daemon, err, out)
+	}
+}
+
+// agentPID returns the process of the node agent.
+func agentPID(t *testing.T) int {
+	t.Helper()
+	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		line, err := os.ReadFile(name)
+		if err != nil {
+			continue // it ended
+		}
+		if bytes.HasPrefix(line, []byte("/bin/csi-qcow2\x00node\x00")) {
+			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatal("the node agent does not run")
+	return 0
+}
+
+// killAgent kills the node agent and waits until the kubelet has started the
+// next one, and it serves.
+func killAgent(t *testing.T) {
+	t.Helper()
+	before := agentRestarts(t)
+	if err := syscall.Kill(agentPID(t), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "restart of the node agent", func(ctx context.Context) error {
+		if n := agentRestarts(t); n == before {
+			return fmt.Errorf("the agent was restarted %d times, as before", n)
+		}
+		return agentReady(ctx)
+	})
+}
+
+// agentPod returns the pod of the node agent.
+func agentPod(ctx context.Context) (*corev1.Pod, error) {
+	pods, err := client.CoreV1().Pods(driverNamespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=node"})
+	if err != nil {
+		return nil, err
+	}
+	if len(pods.Items) != 1 {
+		return nil, fmt.Errorf("%d node agents, want 1", len(pods.Items))
+	}
+	return &pods.Items[0], nil
+}
+
+// agentReady reports whether all containers of the agent's pod are ready.
+func agentReady(ctx context.Context) error {
+	p, err := agentPod(ctx)
+	if err != nil {
+		return err
+	}
+	for _, c := range p.Status.ContainerStatuses {
+		if !c.Ready {
+			return fmt.Errorf("container %s of pod %s is not ready", c.Name, p.Name)
+		}
+	}
+	return nil
+}
+
+// agentRestarts returns how often the agent's container was started again.
+func agentRestarts(t *testing.T) int32 {
+	t.Helper()
+	p, err := agentPod(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range p.Status.ContainerStatuses {
+		if c.Name == "driver" {
+			return c.RestartCount
+		}
+	}
+	t.Fatalf("pod %s has no container driver", p.Name)
+	return 0
+}
+
+// kubeletStats reads the kubelet's summary of its pods.
+func kubeletStats(ctx context.Context, into any) error {
+	body, err := client.CoreV1().RESTClient().Get().Resource("nodes").Name(nodeName()).SubResource("proxy").Suffix("stats/summary").DoRaw(ctx)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(body, into)
+}
