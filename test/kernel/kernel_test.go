@@ -4,6 +4,8 @@ package kernel
 
 import (
 	"context"
+	"flag"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -15,13 +17,11 @@ import (
 	"csi-qcow2/test/kernel/vm"
 )
 
-const (
-	// runTimeout is for a machine that hangs, or that has to share its processors.
-	runTimeout = 12 * time.Minute
+// kernelCache is kept between runs, and ignored by git.
+const kernelCache = "../../.cache/kernel"
 
-	// kernelCache is kept between runs, and ignored by git.
-	kernelCache = "../../.cache/kernel"
-)
+// runTimeout is for a machine that hangs, or that has to share its processors.
+func runTimeout() time.Duration { return 12*time.Minute + time.Duration(*kills)*time.Minute }
 
 // environment is what the programs in the machine need.
 var environment = vm.Environment{
@@ -33,7 +33,7 @@ var environment = vm.Environment{
 // prepare returns a context for one run of a machine, and the machine.
 func prepare(t *testing.T) (context.Context, *vm.Machine) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), runTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), runTimeout())
 	t.Cleanup(cancel)
 	dir, err := filepath.Abs(kernelCache)
 	if err != nil {
@@ -83,21 +83,48 @@ func TestMachineSeesFailure(t *testing.T) {
 	}
 }
 
-// TestKernel runs the tests of package guest with the kernel's nbd driver.
+// TestKernel runs the tests of package guest with the kernel's nbd driver, but for those of the node process.
 func TestKernel(t *testing.T) {
-	ctx, machine := prepare(t)
-	program := filepath.Join(t.TempDir(), "guest.test")
-	build := exec.CommandContext(ctx, "go", "test", "-c", "-tags", "kernelguest", "-o", program, "csi-qcow2/test/kernel/guest")
-	build.Env = append(build.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", build, err, out)
+	runGuest(t, vm.Job{Args: []string{"-test.skip=^TestRestart"}})
+}
+
+// kills is how often TestRestart kills; 0 leaves it to the test.
+var kills = flag.Int("kills", 0, "how often TestRestart kills the node process")
+
+// TestRestart runs the tests of package guest that kill, stop and start the node process. With -kills it
+// only kills, so often.
+func TestRestart(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "csi-qcow2")
+	build(t, binary, "build", "csi-qcow2/cmd/csi-qcow2")
+	job := vm.Job{Args: []string{"-test.run=^TestRestart"}, Files: map[string]string{"/csi-qcow2": binary}}
+	if *kills > 0 {
+		job.Args = []string{"-test.run=^TestRestartKilled$"}
+		job.Env = []string{fmt.Sprintf("GUEST_KILLS=%d", *kills)}
 	}
+	runGuest(t, job)
+}
+
+// build runs a command of go that makes the static program file.
+func build(t *testing.T, file string, command ...string) {
+	t.Helper()
+	args := append(command[:len(command)-1:len(command)-1], "-o", file, command[len(command)-1])
+	cmd := exec.CommandContext(t.Context(), "go", args...)
+	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", cmd, err, out)
+	}
+}
+
+// runGuest runs tests of package guest in a machine.
+func runGuest(t *testing.T, job vm.Job) {
+	t.Helper()
+	ctx, machine := prepare(t)
+	job.Program = filepath.Join(t.TempDir(), "guest.test")
+	build(t, job.Program, "test", "-c", "-tags", "kernelguest", "csi-qcow2/test/kernel/guest")
+	job.Args = append(job.Args, "-test.v", "-test.timeout="+runTimeout().String())
+	job.Log = logger(t)
 	begin := time.Now()
-	result, err := machine.Run(ctx, vm.Job{
-		Program: program,
-		Args:    []string{"-test.v", "-test.timeout=" + runTimeout.String()},
-		Log:     logger(t),
-	})
+	result, err := machine.Run(ctx, job)
 	if err != nil {
 		t.Error(err)
 	}

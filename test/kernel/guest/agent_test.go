@@ -1,0 +1,222 @@
+//go:build kernelguest
+
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	// binary is where the machine has the program under test.
+	binary = "/csi-qcow2"
+	// patience bounds every wait of these tests: the machine is emulated, and may share its processors.
+	patience = 3 * time.Minute
+)
+
+// An agent is a `csi-qcow2 node` that is killed and started again, with a client of its socket.
+type agent struct {
+	t     *testing.T
+	dir   string
+	flags []string // beyond the usual
+
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when the process has ended
+	err   error         // of its Wait; read when ended is closed
+
+	conn *grpc.ClientConn
+	csi.IdentityClient
+	csi.ControllerClient
+	csi.NodeClient
+}
+
+// newAgent starts an agent over an empty pool. At the end of the test it is stopped, and nothing may be left.
+func newAgent(t *testing.T, flags ...string) *agent {
+	t.Helper()
+	a := &agent{t: t, dir: t.TempDir(), flags: flags}
+	for _, dir := range []string{"pool", "staging", "target"} {
+		if err := os.Mkdir(a.path(dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conn, err := grpc.NewClient("unix://"+a.path("socket"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.2, MaxDelay: 100 * time.Millisecond}, MinConnectTimeout: patience}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.conn = conn
+	a.IdentityClient, a.ControllerClient, a.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+	t.Cleanup(func() {
+		conn.Close()
+		if a.running() {
+			a.terminate()
+		}
+		if t.Failed() {
+			a.printLog()
+		}
+		if left, _ := filepath.Glob("/sys/block/nbd*/backend"); len(left) > 0 {
+			t.Errorf("devices left: %v", left)
+		}
+	})
+	a.start()
+	return a
+}
+
+func (a *agent) path(name string) string { return filepath.Join(a.dir, name) }
+func (a *agent) log() string             { return a.path("log") }
+
+// start starts the process. It does not wait for it to serve: calls do.
+func (a *agent) start() {
+	a.t.Helper()
+	log, err := os.OpenFile(a.log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	defer log.Close()
+	a.cmd = exec.Command(binary, append([]string{"node", "--endpoint", "unix://" + a.path("socket"), "--pool", "default=" + a.path("pool"),
+		"--run-dir", runDir, "--node-id", "guest", "--device", "nbd", "--cache-bytes", "8388608"}, a.flags...)...)
+	a.cmd.Stdout, a.cmd.Stderr = log, log
+	if err := a.cmd.Start(); err != nil {
+		a.t.Fatal(err)
+	}
+	a.ended = make(chan struct{})
+	go func(cmd *exec.Cmd, ended chan struct{}) { // ends with the process
+		a.err = cmd.Wait()
+		close(ended)
+	}(a.cmd, a.ended)
+}
+
+func (a *agent) running() bool {
+	select {
+	case <-a.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// kill kills the process and waits for its end.
+func (a *agent) kill() {
+	a.t.Helper()
+	if !a.running() {
+		a.t.Errorf("the process has ended by itself: %v", a.err)
+	}
+	a.signal(syscall.SIGKILL)
+}
+
+// terminate asks the process to end, and waits for it to do so without an error.
+func (a *agent) terminate() {
+	a.t.Helper()
+	a.signal(syscall.SIGTERM)
+	if a.err != nil {
+		a.t.Errorf("after SIGTERM: %v", a.err)
+	}
+}
+
+func (a *agent) signal(sig os.Signal) {
+	a.t.Helper()
+	a.cmd.Process.Signal(sig)
+	select {
+	case <-a.ended:
+	case <-time.After(patience):
+		stack, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stack", a.cmd.Process.Pid, a.cmd.Process.Pid))
+		a.t.Fatalf("the process does not end on %v\n%s", sig, stack)
+	}
+}
+
+// printLog prints the end of the log.
+func (a *agent) printLog() {
+	b, err := os.ReadFile(a.log())
+	lines := strings.Split(string(b), "\n")
+	a.t.Logf("log of the process (%v):\n%s", err, strings.Join(lines[max(0, len(lines)-150):], "\n"))
+}
+
+// call makes a call, and repeats it while the answer is not final, as a CO does: the process is gone, or
+// works on something.
+func (a *agent) call(name string, do func(context.Context) error) {
+	a.t.Helper()
+	if err := a.try(name, do); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+func (a *agent) try(name string, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for {
+		err := do(ctx)
+		switch status.Code(err) {
+		case codes.OK:
+			return nil
+		case codes.Aborted, codes.Unavailable:
+		default:
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", name, errors.Join(ctx.Err(), err))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// A worker is something that goes on while the process is killed.
+type worker struct {
+	name string
+	stop context.CancelFunc
+	done chan error
+}
+
+// workers are those of one test.
+type workers struct {
+	t   *testing.T
+	mu  sync.Mutex
+	all []*worker // guarded by mu
+}
+
+// start runs fn until stop.
+func (w *workers) start(name string, fn func(context.Context) error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	one := &worker{name, cancel, make(chan error, 1)}
+	go func() { one.done <- fn(ctx) }() // ends soon after cancel
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.all = append(w.all, one)
+}
+
+// stop ends all workers; none may have failed.
+func (w *workers) stop() {
+	w.t.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, one := range w.all {
+		one.stop()
+	}
+	for _, one := range w.all {
+		select {
+		case err := <-one.done:
+			if err != nil {
+				w.t.Errorf("%s: %v", one.name, err)
+			}
+		case <-time.After(patience):
+			w.t.Errorf("%s does not end", one.name)
+		}
+	}
+	w.all = nil
+}
