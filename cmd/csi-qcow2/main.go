@@ -10,11 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"csi-qcow2/internal/aside"
+	"csi-qcow2/internal/freezer"
 )
 
 func main() {
-	if status, child := aside.Main(); child {
-		os.Exit(status)
+	for _, childMain := range []func() (int, bool){aside.Main, freezer.Main} {
+		if status, child := childMain(); child {
+			os.Exit(status)
+		}
 	}
 	if len(os.Args) > 1 && os.Args[1] == "node" {
 		markThreads()
