@@ -10,6 +10,8 @@
 //	Controller          CreateVolume: to the node of the content source, else to the first
 //	                    preferred topology; ListVolumes, ListSnapshots,
 //	                    ControllerListVolumeHealth, GetCapacity: to all nodes; the rest by ID
+//	GroupController     to the one node of all members
+//	SnapshotMetadata    by ID; streams are passed on as they are read
 //	Node                not served: kubelet calls the agent of its own node
 //
 // # Terms

@@ -80,6 +80,8 @@ func (r *Router) Serve(ctx context.Context, l net.Listener, drain time.Duration)
 func (r *Router) Register(s *grpc.Server) {
 	csi.RegisterIdentityServer(s, identityServer{Router: r})
 	csi.RegisterControllerServer(s, controllerServer{Router: r})
+	csi.RegisterGroupControllerServer(s, groupServer{Router: r})
+	csi.RegisterSnapshotMetadataServer(s, metadataServer{Router: r})
 }
 
 // Close closes the connections to agents.
