@@ -113,7 +113,10 @@ func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolum
 	if source.Volume != "" {
 		s.syncStaged(ctx, source.Volume)
 	}
-	v, err := pool.Create(ctx, volume.CreateRequest{Name: req.GetName(), Size: sizeRange(req.GetCapacityRange()), Params: params, Source: source})
+	v, err := pool.Create(ctx, volume.CreateRequest{
+		Name: req.GetName(), Size: sizeRange(req.GetCapacityRange()), Params: params, Source: source,
+		Quiesce: s.quiesce(ctx, source.Volume),
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -12,16 +13,34 @@ import (
 	"csi-qcow2/volume"
 )
 
+// parseFreeze returns whether a VolumeSnapshotClass, or one of group snapshots,
+// wants mounted filesystems frozen.
+func parseFreeze(parameters map[string]string) (bool, error) {
+	freeze := true
+	for name, value := range parameters {
+		switch {
+		case strings.HasPrefix(name, foreignPrefix):
+		case name != "freeze":
+			return false, fmt.Errorf("%w: unknown snapshot parameter %q; known is freeze", errInvalid, name)
+		case value != "true" && value != "false":
+			return false, fmt.Errorf(`%w: parameter freeze=%q: want "true" or "false"`, errInvalid, value)
+		default:
+			freeze = value == "true"
+		}
+	}
+	return freeze, nil
+}
+
 // CreateSnapshot implements csi.ControllerServer. Of a mounted filesystem, what
-// was written before the call is in the snapshot: it is synced first.
+// was written before the call is in the snapshot: it is synced first. Then it is
+// frozen for the moment of the cut, unless the parameter freeze says no.
 func (s controllerServer) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
 	if err := firstOf(required("name", req.GetName()), required("source_volume_id", req.GetSourceVolumeId())); err != nil {
 		return nil, err
 	}
-	for name := range req.GetParameters() {
-		if len(name) < len(foreignPrefix) || name[:len(foreignPrefix)] != foreignPrefix {
-			return nil, fmt.Errorf("%w: unknown snapshot parameter %q; there are none", errInvalid, name)
-		}
+	freeze, err := parseFreeze(req.GetParameters())
+	if err != nil {
+		return nil, err
 	}
 	if len(req.GetAccessibilityRequirements().GetRequisite()) > 0 {
 		return nil, fmt.Errorf("%w: accessibility_requirements are not supported", errInvalid)
@@ -34,7 +53,11 @@ func (s controllerServer) CreateSnapshot(ctx context.Context, req *csi.CreateSna
 		return nil, err
 	}
 	s.syncStaged(ctx, req.GetSourceVolumeId())
-	snap, err := pool.CreateSnapshot(ctx, req.GetName(), req.GetSourceVolumeId())
+	var quiesce volume.Quiesce
+	if freeze {
+		quiesce = s.quiesce(ctx, req.GetSourceVolumeId())
+	}
+	snap, err := pool.CreateSnapshotQuiesced(ctx, req.GetName(), req.GetSourceVolumeId(), quiesce)
 	if err != nil {
 		return nil, err
 	}
@@ -71,7 +94,7 @@ func (d *Driver) syncStaged(ctx context.Context, id string) {
 func csiSnapshot(s volume.Snapshot) *csi.Snapshot {
 	return &csi.Snapshot{
 		SnapshotId: s.ID, SourceVolumeId: s.Volume, SizeBytes: s.Size,
-		CreationTime: timestamppb.New(s.Created), ReadyToUse: true,
+		CreationTime: timestamppb.New(s.Created), ReadyToUse: true, GroupSnapshotId: s.Group,
 	}
 }
 

@@ -115,6 +115,7 @@ func (d *Driver) Register(s *grpc.Server) {
 func (d *Driver) RegisterController(s *grpc.Server) {
 	csi.RegisterIdentityServer(s, identityServer{Driver: d})
 	csi.RegisterControllerServer(s, controllerServer{Driver: d})
+	csi.RegisterGroupControllerServer(s, groupServer{Driver: d})
 }
 
 // ServerOptions are what the gRPC server of Register needs.

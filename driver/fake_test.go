@@ -37,6 +37,11 @@ type kernel struct {
 	steps   int                    // changes seen; guarded by mu
 	killAt  int                    // changes after which the process is dead; -1 never; guarded by mu
 
+	frozen    map[string]uint64 // device by mount point; guarded by mu
+	freezes   []string          // mount points that were frozen; guarded by mu
+	freezeErr error             // what Freeze returns
+	thawErr   error             // what Thaw returns, after it has thawed
+
 	readEnds error // what ReadEnds returns
 	grows    bool
 }
@@ -48,7 +53,7 @@ type fakeMount struct {
 
 func newKernel() *kernel {
 	return &kernel{mounts: make(map[string][]fakeMount), devices: make(map[string]*fakeDevice),
-		content: make(map[string]string), formats: make(map[string]int), killAt: -1, grows: true}
+		content: make(map[string]string), formats: make(map[string]int), frozen: make(map[string]uint64), killAt: -1, grows: true}
 }
 
 func TestMain(m *testing.M) {
@@ -300,6 +305,43 @@ func (k fakeHost) GrowsMounted(string) bool { return k.grows }
 func (k fakeHost) Grow(context.Context, string, string, string) error { return k.step("grow") }
 func (k fakeHost) Sync(string) error                                  { return nil }
 func (k fakeHost) ReadEnds(string) error                              { return k.readEnds }
+
+func (k fakeHost) Freeze(_ context.Context, path string, device uint64, _ time.Duration) (Frozen, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := errors.Join(k.stepLocked(), k.freezeErr); err != nil {
+		return nil, err
+	}
+	k.frozen[path] = device
+	k.freezes = append(k.freezes, path)
+	return fakeFrozen{k.kernel, path}, k.stepLocked()
+}
+
+func (k fakeHost) ThawLeft(_ context.Context, path string, device uint64) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if frozen, ok := k.frozen[path]; ok && frozen != device {
+		return unix.ENODEV
+	}
+	delete(k.frozen, path)
+	return nil
+}
+
+// A fakeFrozen is a frozen mount of this kernel.
+type fakeFrozen struct {
+	*kernel
+	path string
+}
+
+func (f fakeFrozen) Thaw(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.stepLocked(); err != nil {
+		return err // its freezer ends with it, as in a container
+	}
+	delete(f.frozen, f.path)
+	return f.thawErr
+}
 func (k fakeHost) Usage(string) (Usage, error) {
 	return Usage{Total: 100, Available: 60, Used: 40}, nil
 }
@@ -338,6 +380,7 @@ type rig struct {
 	stop   func()
 	csi.IdentityClient
 	csi.ControllerClient
+	csi.GroupControllerClient
 	csi.NodeClient
 }
 
@@ -392,6 +435,7 @@ func (r *rig) start() {
 	}
 	r.driver = d
 	r.IdentityClient, r.ControllerClient, r.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+	r.GroupControllerClient = csi.NewGroupControllerClient(conn)
 	r.stop = func() {
 		conn.Close()
 		cancel()

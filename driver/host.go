@@ -1,6 +1,9 @@
 package driver
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // A Host is what the node service asks of the operating system. It is the
 // border of the unit tests: everything above it runs in them as it is.
@@ -25,6 +28,13 @@ type Host interface {
 	Grow(ctx context.Context, fstype, device, mountpoint string) error
 	// Sync writes back the filesystem mounted at path.
 	Sync(path string) error
+	// Freeze stops writes to the filesystem mounted at path, which is on the
+	// device, for at most limit, whatever happens to this process. Errors:
+	// freezer.ErrFrozen.
+	Freeze(ctx context.Context, path string, device uint64, limit time.Duration) (Frozen, error)
+	// ThawLeft thaws the filesystem mounted at path, which is on the device,
+	// if a process that has ended has left it frozen.
+	ThawLeft(ctx context.Context, path string, device uint64) error
 	// Usage returns the use of the filesystem mounted at path.
 	Usage(path string) (Usage, error)
 
@@ -35,6 +45,12 @@ type Host interface {
 	SetReadOnly(device string, readOnly bool) error
 	// ReadEnds reads the first and the last MiB of device past the page cache.
 	ReadEnds(device string) error
+}
+
+// A Frozen is a filesystem that does not change; *freezer.Frozen is the one in use.
+type Frozen interface {
+	// Thaw lets writes go on. freezer.ErrExpired says that they did before.
+	Thaw(ctx context.Context) error
 }
 
 // A Mount is one mount of the mount table.

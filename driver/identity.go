@@ -24,6 +24,7 @@ func (s identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCap
 	resp := &csi.GetPluginCapabilitiesResponse{}
 	for _, t := range []csi.PluginCapability_Service_Type{
 		csi.PluginCapability_Service_CONTROLLER_SERVICE,
+		csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE,
 		csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
 	} {
 		resp.Capabilities = append(resp.Capabilities, &csi.PluginCapability{

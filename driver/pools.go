@@ -46,7 +46,7 @@ func (p pools) named(name string, given bool) (*volume.Pool, error) {
 	return nil, fmt.Errorf("%w: parameter pool=%q: this node has %s", errInvalid, name, strings.Join(p.names, ", "))
 }
 
-// of returns the pool of a volume or snapshot ID. What is not an ID of ours is
+// of returns the pool of the ID of a volume, snapshot or group snapshot. What is not an ID of ours is
 // not found: a CO cannot tell the two apart either.
 func (p pools) of(id string) (*volume.Pool, error) {
 	pool8, err := volume.PoolOf(id)

@@ -81,6 +81,9 @@ const restoreParallel = 16
 // to stage and unstage. Then it removes devices that nobody knows and nothing holds. The owner of the
 // driver calls it once; RPCs may be served meanwhile. It returns early when ctx ends.
 func (d *Driver) Restore(ctx context.Context) {
+	if err := d.thawLeft(ctx); err != nil {
+		klog.FromContext(ctx).Error(err, "thawing what was left frozen")
+	}
 	var workers sync.WaitGroup
 	slots := make(chan struct{}, restoreParallel)
 	for _, r := range d.returning {

@@ -21,6 +21,7 @@ const (
 	maxMapBytes    = 4 << 10
 	maxNodeIDBytes = 256
 	maxPathBytes   = 4095
+	maxIDsBytes    = 64 << 10 // a list of IDs: more than a thousand of ours
 )
 
 // stringLimits are the fields that the specification exempts from maxStringBytes.
@@ -31,6 +32,12 @@ var stringLimits = map[protoreflect.Name]int{
 	"volume_publish_path": maxPathBytes,
 	"node_id":             maxNodeIDBytes,
 	"mount_flags":         maxMapBytes,
+}
+
+// listLimits are the lists whose strings together may pass maxMapBytes.
+var listLimits = map[protoreflect.Name]int{
+	"source_volume_ids": maxIDsBytes,
+	"snapshot_ids":      maxIDsBytes,
 }
 
 // checkLimits refuses requests with a string or a map beyond its limit, or
@@ -67,8 +74,12 @@ func checkField(field protoreflect.FieldDescriptor, v protoreflect.Value) error 
 				total += len(item.String())
 			}
 		}
-		if total > maxMapBytes {
-			return fmt.Errorf("%w: %s of %d bytes, at most %d", errInvalid, field.Name(), total, maxMapBytes)
+		limit := maxMapBytes
+		if n, ok := listLimits[field.Name()]; ok {
+			limit = n
+		}
+		if total > limit {
+			return fmt.Errorf("%w: %s of %d bytes, at most %d", errInvalid, field.Name(), total, limit)
 		}
 		return nil
 	}
