@@ -28,7 +28,8 @@ type Handle struct {
 	ndirty  atomic.Int64          // dirty tables: listed, in a pass or in the attic; changed under mu
 
 	wg       sync.WaitGroup // the goroutines of passes
-	cond     *sync.Cond     // on mu: a pass or a write has ended, a load has ended
+	cond     *sync.Cond     // on mu: a pass has ended, or has made tables clean
+	quiet    *sync.Cond     // on mu: a write of a pass has ended, or all loads have
 	released chan struct{}  // closed at the end of Discard
 
 	mu       sync.Mutex
@@ -36,6 +37,7 @@ type Handle struct {
 	dirty    [maxClasses]list // guarded by mu
 	items    []item           // of the running pass; guarded by mu
 	running  bool             // a pass is running; guarded by mu
+	cleaned  uint64           // how often a pass has made tables clean; guarded by mu
 	notified uint64           // last value given to OnWriteBack; guarded by mu
 	calling  bool             // OnWriteBack is running; guarded by mu
 	loads    int              // under way; guarded by mu
@@ -214,9 +216,11 @@ func (h *Handle) Drop(off int64) {
 func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func() error) {
 	w, ok := s.findLocked(k)
 	if !ok {
-		h.mu.Lock()
-		h.dropFromAtticLocked(k.offset())
-		h.mu.Unlock()
+		if h.failure.Load() != nil { // else the attic is empty
+			h.mu.Lock()
+			h.dropFromAtticLocked(k.offset())
+			h.mu.Unlock()
+		}
 		return -1, nil
 	}
 	if f := s.fillLocked(w); f != nil {
@@ -233,7 +237,7 @@ func (h *Handle) takeLocked(s *set, n int, k key) (way int, retry func() error) 
 		return -1, func() error {
 			h.mu.Lock()
 			for it := h.slotItemLocked(i); it != nil && it.writing; it = h.slotItemLocked(i) {
-				h.cond.Wait()
+				h.quiet.Wait()
 			}
 			h.mu.Unlock()
 			return nil

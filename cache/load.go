@@ -77,7 +77,7 @@ func (c *Cache) vacateLocked(s *set, n int) (way int, retry func() error) {
 	if dirty != nil {
 		return 0, func() error {
 			// If the pass fails, the next try displaces.
-			if errors.Is(dirty.WriteBack(), ErrClosed) {
+			if errors.Is(dirty.makeRoom(), ErrClosed) {
 				<-dirty.released
 			}
 			return nil
@@ -122,20 +122,21 @@ func (h *Handle) load(class Class, off int64, s *set, n int, f *fill) (Table, er
 	s.removeFillLocked(f)
 	f.err = err
 	close(f.done)
-	if err == nil {
-		h.publish(i, class, off, dirty) // succeeds: Discard waits for loads
-		s.unsealLocked(f.way, 1)
-	} else {
-		s.keys[f.way].Store(0)
-		s.unsealLocked(f.way, 0)
-	}
 	h.mu.Lock()
-	h.loads--
-	h.cond.Broadcast()
+	if err == nil {
+		h.publishLocked(i, class, off, dirty)
+	}
+	h.loads-- // Discard goes on, but not in this set
+	if h.loads == 0 {
+		h.quiet.Broadcast()
+	}
 	h.mu.Unlock()
 	if err != nil {
+		s.keys[f.way].Store(0)
+		s.unsealLocked(f.way, 0)
 		return Table{}, err
 	}
+	s.unsealLocked(f.way, 1)
 	return h.table(i), nil
 }
 
@@ -143,11 +144,13 @@ func (h *Handle) load(class Class, off int64, s *set, n int, f *fill) (Table, er
 // displaced, it comes from the attic and is dirty.
 func (h *Handle) read(i slotIndex, off int64) (dirty bool, err error) {
 	p := h.c.arena.bytes(i, h.o.SliceBytes)
-	h.mu.Lock()
-	ok := h.takeFromAtticLocked(p, off)
-	h.mu.Unlock()
-	if ok {
-		return true, nil
+	if h.failure.Load() != nil { // else the attic is empty
+		h.mu.Lock()
+		ok := h.takeFromAtticLocked(p, off)
+		h.mu.Unlock()
+		if ok {
+			return true, nil
+		}
 	}
 	n, err := h.f.ReadAt(p, off)
 	if n < len(p) {
@@ -167,9 +170,16 @@ func (h *Handle) read(i slotIndex, off int64) (dirty bool, err error) {
 func (h *Handle) publish(i slotIndex, class Class, off int64, dirty bool) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.closed && h.loads == 0 {
+	if h.closed {
 		return false
 	}
+	h.publishLocked(i, class, off, dirty)
+	return true
+}
+
+// publishLocked is publish for a handle that is not closed, or a load that it
+// waits for.
+func (h *Handle) publishLocked(i slotIndex, class Class, off int64, dirty bool) {
 	a := h.c.arena
 	a.describe(i, h.o.ID, off, h.o.SliceBytes)
 	h.c.slots[i] = slot{off: off, item: noItem}
@@ -183,7 +193,6 @@ func (h *Handle) publish(i slotIndex, class Class, off int64, dirty bool) bool {
 	}
 	h.counters.tables.Add(1)
 	a.setState(i, a.state(i).next(kind, class))
-	return true
 }
 
 // forgetLocked takes slot i, whose way is sealed, from its table, and out of a

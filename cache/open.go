@@ -106,7 +106,7 @@ func newHandle(c *Cache, f File, o HandleOptions) *Handle {
 		misfit:   ^uint64(1<<offsetBits-1) | uint64(o.SliceBytes-1),
 		released: make(chan struct{}),
 	}
-	h.cond = sync.NewCond(&h.mu)
+	h.cond, h.quiet = sync.NewCond(&h.mu), sync.NewCond(&h.mu)
 	h.clean.init()
 	for i := range h.dirty {
 		h.dirty[i].init()
@@ -160,9 +160,7 @@ func (h *Handle) Discard() error {
 		h.markLocked(markGone) // its tables go now, the mark goes after them
 	}
 	h.closed = true
-	for h.running || h.loads > 0 {
-		h.cond.Wait()
-	}
+	h.awaitQuietLocked()
 	h.emptyAtticLocked()
 	h.cond.Broadcast()
 	h.mu.Unlock()
@@ -194,14 +192,23 @@ func (h *Handle) Discard() error {
 	return nil
 }
 
+// awaitQuietLocked waits until no pass and no load is under way.
+func (h *Handle) awaitQuietLocked() {
+	for h.running || h.loads > 0 {
+		if h.running {
+			h.cond.Wait()
+		} else {
+			h.quiet.Wait()
+		}
+	}
+}
+
 // Abandon undoes Open. What a predecessor left, with what has changed since,
 // waits for Open or Forget again, as far as it was not written back; that the image
 // has failed is noted as ever. Preconditions: as for Close.
 func (h *Handle) Abandon() error {
 	h.mu.Lock()
-	for h.running || h.loads > 0 {
-		h.cond.Wait()
-	}
+	h.awaitQuietLocked()
 	left := !h.closed && (h.DirtyTables() > 0 || h.mark != markNone || h.failure.Load() != nil)
 	h.mu.Unlock()
 	if !left || h.o.ID == [16]byte{} {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync"
 	"unsafe"
 )
 
@@ -12,8 +13,21 @@ import (
 // the time that it takes to sort them under the handle's lock.
 const chunkTables = 1024
 
+// How many tables a pass copies, and makes clean, before it lets others have
+// the handle's lock.
+const (
+	copiesPerLock = 16
+	cleansPerLock = 128
+)
+
 // keptBytes is the size of the copy buffers that a handle keeps from pass to pass.
 const keptBytes = 64 << 10
+
+// chunkBuffers are the copy buffers of larger passes. One pass after the other
+// of an image that is swept would fill the heap with them.
+var chunkBuffers = sync.Pool{New: func() any { return (*[chunkBytes]byte)(alignedBuffer(chunkBytes)) }}
+
+const chunkBytes = chunkTables * slotBytes
 
 // An item is a dirty table in a pass: taken from its dirty list, copied,
 // written and, after the next Datasync, made clean. Guarded by Handle.mu.
@@ -110,13 +124,50 @@ func (h *Handle) WriteBack() error {
 		case h.closed:
 			return ErrClosed
 		case !h.running:
-			h.running = true
-			h.started.Add(1)
-			h.wg.Add(1)
-			go h.pass() // ends with the pass and the OnWriteBack calls due
+			h.startLocked()
 		}
 		h.cond.Wait()
 	}
+}
+
+// startLocked starts a pass; none is running.
+func (h *Handle) startLocked() {
+	h.running = true
+	h.started.Add(1)
+	h.wg.Add(1)
+	go h.pass() // ends with the pass and the OnWriteBack calls due
+}
+
+// makeRoom sees to it that a pass is running, and waits until it has made some
+// tables clean: who needs one way of a set need not wait for the whole pass, as
+// WriteBack does, and for the next one too.
+func (h *Handle) makeRoom() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.failure.Load() != nil:
+		return *h.failure.Load()
+	case h.closed:
+		return ErrClosed
+	case !h.running:
+		h.startLocked()
+	}
+	for before := h.cleaned; h.running && h.cleaned == before; {
+		h.cond.Wait()
+	}
+	return nil
+}
+
+// Relieve is for work that makes many tables dirty and that nobody waits for:
+// when it has filled a part of the cache with them it writes back, and so stays
+// out of the way of requests, which would wait for those passes otherwise.
+//
+// Preconditions: as for Get.
+func (h *Handle) Relieve() error {
+	if h.DirtyTables() <= len(h.c.slots)/dirtyStop {
+		return nil
+	}
+	return h.WriteBack()
 }
 
 // pass runs one pass and reports it. It has a goroutine of its own because the
@@ -130,6 +181,7 @@ func (h *Handle) pass() {
 	}
 	for c, b := range h.bufs {
 		if len(b) > keptBytes {
+			chunkBuffers.Put((*[chunkBytes]byte)(b))
 			h.bufs[c] = nil
 		}
 	}
@@ -228,16 +280,22 @@ func (h *Handle) take(c Class, n int) int {
 // copy copies the tables of items [base, base+n) to the buffer of class c.
 func (h *Handle) copy(c Class, base, n int) {
 	size := h.o.SliceBytes
-	if need := n * size; len(h.bufs[c]) < need {
-		h.bufs[c] = alignedBuffer(need)
+	if need := n * size; need > keptBytes && len(h.bufs[c]) < chunkBytes {
+		h.bufs[c] = chunkBuffers.Get().(*[chunkBytes]byte)[:]
+	} else if len(h.bufs[c]) < need {
+		h.bufs[c] = alignedBuffer(keptBytes)
 	}
-	for k := range n {
-		// One lock per table: a drop, and the reuse of its slot, comes before
-		// or after the copy, and stores are not held up for long.
+	for k := 0; k < n; {
+		// A drop, and the reuse of its slot, comes before or after the copy. The
+		// lock is given up between a few tables, so that misses and stores are
+		// not held up for long, and not after each: who takes a lock again and
+		// again makes all others queue.
 		h.mu.Lock()
-		if it := &h.items[base+k]; it.slot != noSlot {
-			it.copied = h.c.arena.state(it.slot)
-			h.c.arena.copyOut(h.bufs[c][k*size:(k+1)*size], it.slot)
+		for end := min(k+copiesPerLock, n); k < end; k++ {
+			if it := &h.items[base+k]; it.slot != noSlot {
+				it.copied = h.c.arena.state(it.slot)
+				h.c.arena.copyOut(h.bufs[c][k*size:(k+1)*size], it.slot)
+			}
 		}
 		h.mu.Unlock()
 	}
@@ -294,7 +352,7 @@ func (h *Handle) endWrite(from, to int) {
 	for k := from; k < to; k++ {
 		h.items[k].writing = false
 	}
-	h.cond.Broadcast()
+	h.quiet.Broadcast()
 }
 
 // sync makes durable what was written, and then the tables of the items from
@@ -309,6 +367,10 @@ func (h *Handle) sync(base int) error {
 	defer h.mu.Unlock()
 	a, slots := h.c.arena, h.c.slots
 	for k := base; k < len(h.items); k++ {
+		if (k-base)%cleansPerLock == cleansPerLock-1 {
+			h.mu.Unlock() // what has been dealt with is in no item any more
+			h.mu.Lock()
+		}
 		it := &h.items[k]
 		if it.slot == noSlot || !a.swapState(it.slot, it.copied, it.copied.as(kindClean)) {
 			continue
@@ -319,6 +381,8 @@ func (h *Handle) sync(base int) error {
 		it.slot = noSlot
 	}
 	h.returnLocked(base)
+	h.cleaned++
+	h.cond.Broadcast()
 	return nil
 }
 
