@@ -21,18 +21,22 @@ import (
 // Clusters of the tail have never been written: they read as zeroes, and copy on
 // write may skip what is zero.
 type allocator struct {
-	mu sync.Mutex // refcounts in the cache and the fields below; never held over I/O
+	mu sync.Mutex // the fields below; never held over I/O
 
-	reftable    []uint64   // the refcount table; guarded by mu
-	reftableOff HostOffset // guarded by mu
-	freed       []run      // guarded by mu; at most maxFreed runs
+	reftable    atomic.Pointer[[]uint64] // the refcount table; never changed, only replaced, under mu
+	reftableOff HostOffset               // guarded by mu
+	freed       []run                    // guarded by mu; at most maxFreed runs
 	low, lowEnd hostCluster
 	tail        hostCluster // guarded by mu, as low and lowEnd
 
 	// growMu serialises new refcount blocks and tables, and growth of the host
 	// file. It is held over their I/O: who waits for it needs what it makes.
-	growMu  sync.Mutex
-	fileEnd atomic.Int64 // size of the host file; changed under growMu
+	growMu sync.Mutex
+	// refcounts guard the refcounts in the cache, each those of the slices that
+	// it is chosen for by refcountLock: who sweeps the image and who allocates
+	// seldom meet in one.
+	refcounts [refcountLocks]sync.Mutex
+	fileEnd   atomic.Int64 // size of the host file; changed under growMu
 }
 
 // A run is a range of host clusters.
@@ -42,6 +46,8 @@ type run struct {
 }
 
 const (
+	refcountLocks = 64
+
 	maxFreed      = 4096     // runs that are remembered; more are found by the cursor
 	fileStepMin   = 1 << 20  // bytes by which a host file grows at least …
 	fileStepMax   = 64 << 20 // … and at most
@@ -49,10 +55,24 @@ const (
 )
 
 func (a *allocator) init(g *geometry, reftableOff HostOffset, reftable []uint64, fileSize int64) {
-	a.reftable, a.reftableOff = reftable, reftableOff
+	a.reftable.Store(&reftable)
+	a.reftableOff = reftableOff
 	a.tail = hostCluster(g.clusters(fileSize))
 	a.low, a.lowEnd = 0, a.tail
 	a.fileEnd.Store(fileSize)
+}
+
+// table returns the entries of the refcount table that is in force.
+func (a *allocator) table() []uint64 {
+	if p := a.reftable.Load(); p != nil {
+		return *p
+	}
+	return nil // opened read-only
+}
+
+// refcountLock returns the lock of the slice of refcounts at off.
+func (a *allocator) refcountLock(g *geometry, off HostOffset) *sync.Mutex {
+	return &a.refcounts[off>>g.sliceBits%refcountLocks]
 }
 
 // A take is the outcome of one look for free clusters, with allocator.mu held.
@@ -110,7 +130,7 @@ func (im *Image) takeLocked(want int64) (take, error) {
 	}
 	a, g := &im.allocator, &im.geo
 	for {
-		if t, _ := g.refblockIndex(a.tail); t >= len(a.reftable) || a.reftable[t] == 0 {
+		if t, _ := g.refblockIndex(a.tail); t >= len(a.table()) || a.table()[t] == 0 {
 			return take{noBlock: true}, nil
 		}
 		t, err := im.takeFree(a.tail, a.tail+hostCluster(1)<<g.refblockBits, want)
@@ -154,7 +174,7 @@ func (im *Image) takeLow(want int64) (take, error) {
 	if a.low >= a.lowEnd {
 		return take{}, nil
 	}
-	if t, _ := g.refblockIndex(a.low); t >= len(a.reftable) || a.reftable[t] == 0 {
+	if t, _ := g.refblockIndex(a.low); t >= len(a.table()) || a.table()[t] == 0 {
 		a.low = min(hostCluster(t+1)<<g.refblockBits, a.lowEnd)
 		return take{}, nil
 	}
@@ -173,7 +193,7 @@ func (im *Image) takeLow(want int64) (take, error) {
 func (im *Image) takeFree(c, end hostCluster, want int64) (take, error) {
 	g := &im.geo
 	table, index := g.refblockIndex(c)
-	block, err := g.refblockAt(im.allocator.reftable, table)
+	block, err := g.refblockAt(im.allocator.table(), table)
 	if err != nil {
 		return take{}, err
 	}
@@ -183,6 +203,9 @@ func (im *Image) takeFree(c, end hostCluster, want int64) (take, error) {
 		return take{missing: off}, nil
 	}
 	defer t.Unpin()
+	lock := im.allocator.refcountLock(g, off)
+	lock.Lock()
+	defer lock.Unlock()
 	got := take{next: min(end, c-c%hostCluster(perSlice)+hostCluster(perSlice))}
 	for at := c; at < got.next && got.n < want; at++ {
 		word, shift := g.refcountWord(int(at % hostCluster(perSlice)))

@@ -29,6 +29,9 @@ func (im *Image) fixCopied(ctx context.Context) error {
 		if err := im.fixL1(l1, i); err != nil {
 			return err
 		}
+		if err := im.pause(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -50,7 +53,9 @@ func (im *Image) fixSlice(l1 *l1Table, i, index int) error {
 	if err != nil {
 		return err
 	}
-	words := make([]uint64, perSlice)
+	buf := sliceBuffers.Get().(*[maxSliceBytes / entryBytes]uint64)
+	defer sliceBuffers.Put(buf)
+	words := buf[:perSlice]
 	t.Words(words, 0)
 	t.Unpin()
 	changed, err := im.fixWords(words)

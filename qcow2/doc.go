@@ -45,10 +45,12 @@
 //	Image.structural          one structural change at a time; over its I/O
 //	  Image.gate              shared: a request that changes guest bytes; alone: a cut
 //	    claims                guest clusters of a request; over its I/O
+//	      making              a place among the few that make L2 tables; over that I/O
 //	      l1Claims            one L1 entry; over the I/O that makes its table
 //	        packer.mu         compressed writes
 //	          allocator.growMu  new refcount blocks and file growth; over their I/O
-//	            allocator.mu  refcounts and free runs; never over I/O
+//	            allocator.mu  free runs; never over I/O
+//	              allocator.refcounts  the refcounts of a slice; never over I/O
 //	              guard.mu, quarantine.mu, hdrMu, and the locks of package cache
 //
 // # Durability / Failure

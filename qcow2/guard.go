@@ -60,7 +60,7 @@ func (im *Image) guardTables() error {
 	l1 := im.l1.Load()
 	add(guardL1, l1.off, int64(len(l1.entries))*entryBytes)
 	a.mu.Lock()
-	reftable, reftableOff := a.reftable, a.reftableOff // replaced when it changes
+	reftable, reftableOff := a.table(), a.reftableOff
 	a.mu.Unlock()
 	add(guardReftable, reftableOff, int64(len(reftable))*entryBytes)
 	for t := range reftable {

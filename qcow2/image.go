@@ -76,8 +76,9 @@ type Image struct {
 	gate     sync.RWMutex
 	cut      atomic.Pointer[cut] // the snapshot on its way, nil if none; set under gate held alone
 	epochs   *epochs
-	claims   claims // of guest clusters
-	l1Claims claims // of L1 entries
+	claims   claims        // of guest clusters
+	l1Claims claims        // of L1 entries
+	making   chan struct{} // one for each request that makes an L2 table
 
 	allocator  allocator
 	quarantine quarantine

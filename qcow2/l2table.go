@@ -1,5 +1,11 @@
 package qcow2
 
+// maxMaking is how many requests of an image make or copy L2 tables at a time.
+// After a snapshot every write may need a copy. Each is some hundred steps in the
+// cache, which are fast while few take them: all writers of a deep queue at
+// once would hold each other up at every step, and all would end late.
+const maxMaking = 2
+
 // ensureL2 returns the L2 table that L1 entry index names and that belongs to
 // the active state alone: it makes one, or copies one that a snapshot shares.
 //
@@ -12,6 +18,8 @@ func (im *Image) ensureL2(index int) (HostOffset, error) {
 	if err != nil || (off != 0 && e.copied()) {
 		return off, err
 	}
+	im.making <- struct{}{}
+	defer func() { <-im.making }()
 	held := im.l1Claims.acquire(uint64(index), uint64(index), 1)
 	defer im.l1Claims.release(held)
 	off, e, err = im.l2Table(l1, index)

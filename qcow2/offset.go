@@ -48,8 +48,9 @@ type geometry struct {
 	refcountBits  uint  // width of a refcount
 	refblockBits  uint  // log2 of the refcounts of a refcount block
 	refcountMax   uint64
-	sliceBytes    int  // bytes of a cached slice of a table: min(cluster size, 4096)
-	sliceBits     uint // log2 of sliceBytes
+	refcountOnes  uint64 // a word whose refcounts are all 1
+	sliceBytes    int    // bytes of a cached slice of a table: min(cluster size, 4096)
+	sliceBits     uint   // log2 of sliceBytes
 }
 
 func newGeometry(clusterBits, refcountOrder uint) geometry {
@@ -65,6 +66,7 @@ func newGeometry(clusterBits, refcountOrder uint) geometry {
 		sliceBits:     min(clusterBits, 12),
 	}
 	g.sliceBytes = 1 << g.sliceBits
+	g.refcountOnes = ^uint64(0) / g.refcountMax
 	return g
 }
 

@@ -35,7 +35,7 @@ func Open(ctx context.Context, f File, opts Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs(), serial: lastSerial.Add(1)}
+	im := &Image{f: f, opts: opts, geo: h.geometry(), version: h.version, hdr: h, epochs: newEpochs(), making: make(chan struct{}, maxMaking), serial: lastSerial.Add(1)}
 	if named, ok := f.(interface{ Name() string }); ok {
 		im.name = named.Name()
 	}

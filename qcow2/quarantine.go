@@ -18,8 +18,10 @@ type quarantine struct {
 	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O; requests only try it
 
 	// A timer empties the quarantine of guests that discard and then do nothing
-	// (Options.ReclaimAfter). It runs in a goroutine of its own while armed.
+	// (Options.ReclaimAfter), and at once that of guests that never flush. It runs
+	// in a goroutine of its own while armed.
 	timer   *time.Timer    // nil when not armed; guarded by mu
+	soon    bool           // the timer fires, or has fired, without a wait; guarded by mu
 	stopped bool           // guarded by mu
 	timers  sync.WaitGroup // one while armed
 }
@@ -31,8 +33,13 @@ type quarantined struct {
 	table bool   // clusters of a table: slices of them may be in the cache
 }
 
-// maxQuarantined is how many runs may wait before a request writes back by itself.
-const maxQuarantined = 4096
+// How many runs may wait before the quarantine is emptied in the background, and
+// before a request does it by itself: it is one of many, and would wait for a
+// pass and for all the runs.
+const (
+	manyQuarantined = 1024
+	maxQuarantined  = 32768
+)
 
 // release gives up one reference to each of n clusters. The caller has stored
 // the table entry that no longer names them.
@@ -49,26 +56,40 @@ func (im *Image) release(first hostCluster, n int64, table bool) {
 		}
 	}
 	q.items = append(q.items, quarantined{run{first, n}, pass, epoch, table})
-	im.armLocked()
+	switch {
+	case len(q.items) >= manyQuarantined:
+		im.armLocked(0)
+	case im.opts.ReclaimAfter > 0:
+		im.armLocked(im.opts.ReclaimAfter)
+	}
 }
 
-// armLocked starts the timer unless it runs or is not wanted. Preconditions: q.mu is held.
-func (im *Image) armLocked() {
+// armLocked starts the timer, or lets one that runs fire at once.
+//
+// Preconditions: q.mu is held.
+func (im *Image) armLocked(after time.Duration) {
 	q := &im.quarantine
-	if im.opts.ReclaimAfter <= 0 || q.timer != nil || q.stopped {
+	if q.stopped || q.soon {
+		return
+	}
+	q.soon = after == 0
+	if q.timer != nil {
+		if q.soon && q.timer.Stop() {
+			q.timer.Reset(0)
+		}
 		return
 	}
 	q.timers.Add(1)
-	q.timer = time.AfterFunc(im.opts.ReclaimAfter, func() {
+	q.timer = time.AfterFunc(after, func() {
 		defer q.timers.Done()
 		// An error leaves leaks; the next Flush reports what is wrong with the file.
 		if im.handle.WriteBack() == nil {
 			_ = im.reclaim()
 		}
 		q.mu.Lock()
-		q.timer = nil
-		if len(q.items) > 0 && im.handle.Err() == nil {
-			im.armLocked()
+		q.timer, q.soon = nil, false
+		if len(q.items) > 0 && im.opts.ReclaimAfter > 0 && im.handle.Err() == nil {
+			im.armLocked(im.opts.ReclaimAfter)
 		}
 		q.mu.Unlock()
 	})
@@ -159,8 +180,8 @@ func (im *Image) reclaimRun(item quarantined) error {
 	return nil
 }
 
-// reclaimIfMany bounds the quarantine for guests that discard or overwrite and
-// never flush. The caller is not inside a request.
+// reclaimIfMany bounds the quarantine for guests that discard or overwrite, never
+// flush, and are faster than the timer. The caller is not inside a request.
 func (im *Image) reclaimIfMany() {
 	if im.quarantine.size() < maxQuarantined {
 		return

@@ -1,7 +1,7 @@
 package qcow2
 
 // Refcounts live in refcount blocks, in the cache. Only the functions of this
-// file, and takeFree, change them, under allocator.mu.
+// file, and takeFree, change them, under the lock of their slice (allocator.refcountLock).
 
 // refcountSlice locates the refcount at index of the block at block: the offset
 // of its slice, its word and shift in the slice, and how many refcounts a slice holds.
@@ -37,9 +37,7 @@ func (im *Image) refcount(c hostCluster) (uint64, error) {
 func (im *Image) refcountRun(c hostCluster, n int64) (count uint64, run int64, err error) {
 	g, a := &im.geo, &im.allocator
 	table, index := g.refblockIndex(c)
-	a.mu.Lock()
-	block, err := g.refblockAt(a.reftable, table)
-	a.mu.Unlock()
+	block, err := g.refblockAt(a.table(), table)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -56,8 +54,16 @@ func (im *Image) refcountRun(c hostCluster, n int64) (count uint64, run int64, e
 	count = g.getRefcount(w, shift)
 	index %= perSlice
 	n = min(n, int64(perSlice-index))
+	perWord := int64(64 / g.refcountBits)
 	for run = 1; run < n; run++ {
 		next, shift := g.refcountWord(index + int(run))
+		for next != word && n-run >= perWord && t.Load(next) == count*g.refcountOnes { // a word of the same
+			run += perWord
+			next++
+		}
+		if run == n {
+			break
+		}
 		if next != word {
 			word, w = next, t.Load(next)
 		}
@@ -71,10 +77,7 @@ func (im *Image) refcountRun(c hostCluster, n int64) (count uint64, run int64, e
 // addRefcounts adds delta (+1 or -1) to the refcounts of n clusters. On an error
 // the clusters before the bad one are put back.
 func (im *Image) addRefcounts(first hostCluster, n int64, delta int) error {
-	im.allocator.mu.Lock()
-	reftable := im.allocator.reftable
-	im.allocator.mu.Unlock()
-	return im.addRefcountsIn(reftable, first, n, delta)
+	return im.addRefcountsIn(im.allocator.table(), first, n, delta)
 }
 
 // addRefcountsIn is addRefcounts with a refcount table that may not be in force yet.
@@ -106,35 +109,43 @@ func (im *Image) addInSlice(reftable []uint64, c hostCluster, n int64, delta int
 	if block == 0 {
 		return 0, corruptf("refcount of cluster", g.hostOffset(c), "no refcount block covers it")
 	}
-	off, word, shift, perSlice := g.refcountSlice(block, index)
+	off, word, _, perSlice := g.refcountSlice(block, index)
 	t, err := im.handle.Get(classRefblock, int64(off))
 	if err != nil {
 		return 0, err
 	}
 	defer t.Unpin()
-	n = min(n, int64(perSlice-index%perSlice))
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	w := t.Load(word)
-	for i := int64(0); i < n; i++ {
-		count := g.getRefcount(w, shift)
+	index %= perSlice
+	n = min(n, int64(perSlice-index))
+	perWord := int64(64 / g.refcountBits)
+	var buf [maxSliceBytes / entryBytes]uint64 // a slice is stored once for all its refcounts
+	last, _ := g.refcountWord(index + int(n) - 1)
+	words := buf[:last-word+1]
+	t.Touch() // not under the lock: it may wait
+	lock := a.refcountLock(g, off)
+	lock.Lock()
+	defer lock.Unlock()
+	t.Words(words, word)
+	done := int64(0)
+	for done < n && err == nil {
+		at, shift := g.refcountWord(index + int(done))
+		w := &words[at-word]
+		count := g.getRefcount(*w, shift)
 		switch {
 		case delta < 0 && count == 0:
-			t.Store(word, w)
-			return i, corruptf("refcount of cluster", g.hostOffset(c+hostCluster(i)), "it is 0 but the cluster is referenced")
+			err = corruptf("refcount of cluster", g.hostOffset(c+hostCluster(done)), "it is 0 but the cluster is referenced")
 		case delta > 0 && count == g.refcountMax:
-			t.Store(word, w)
-			return i, ErrRefcountOverflow
+			err = ErrRefcountOverflow
+		case n-done >= perWord && (index+int(done))%int(perWord) == 0 && *w == count*g.refcountOnes: // a word of the same
+			*w = (count + uint64(delta)) * g.refcountOnes
+			done += perWord
+		default:
+			*w = g.setRefcount(*w, shift, count+uint64(delta))
+			done++
 		}
-		w = g.setRefcount(w, shift, count+uint64(delta))
-		next, nextShift := g.refcountWord(index%perSlice + int(i) + 1)
-		if next != word || i+1 == n { // a word is stored once for all its refcounts
-			t.Store(word, w)
-			if i+1 < n {
-				w = t.Load(next)
-			}
-		}
-		word, shift = next, nextShift
 	}
-	return n, nil
+	if done > 0 {
+		t.SetWords(word, words)
+	}
+	return done, err
 }

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // addRefblock makes a refcount block for entry number table of the refcount
@@ -22,8 +23,8 @@ func (im *Image) addRefblock(table int) error {
 func (im *Image) addRefblockLocked(table int) error {
 	a, g := &im.allocator, &im.geo
 	a.mu.Lock()
-	exists := table < len(a.reftable) && a.reftable[table] != 0
-	full := table >= len(a.reftable)
+	exists := table < len(a.table()) && a.table()[table] != 0
+	full := table >= len(a.table())
 	a.mu.Unlock()
 	switch {
 	case exists:
@@ -52,7 +53,7 @@ func (im *Image) addRefblockLocked(table int) error {
 		return err
 	}
 	a.mu.Lock()
-	reftable := append([]uint64(nil), a.reftable...)
+	reftable := slices.Clone(a.table())
 	reftableOff := a.reftableOff
 	a.mu.Unlock()
 	reftable[table] = uint64(off)
@@ -63,7 +64,7 @@ func (im *Image) addRefblockLocked(table int) error {
 		return err
 	}
 	a.mu.Lock()
-	a.reftable = reftable
+	a.reftable.Store(&reftable)
 	a.mu.Unlock()
 	im.guardRefblock(c)
 	return nil
@@ -92,7 +93,7 @@ func (im *Image) coverTail(first hostCluster, n int64) error {
 func (im *Image) growReftable(table int) error {
 	a, g := &im.allocator, &im.geo
 	a.mu.Lock()
-	old, oldOff := a.reftable, a.reftableOff
+	old, oldOff := a.table(), a.reftableOff
 	a.mu.Unlock()
 
 	entries := int64(max(table+2, len(old)+len(old)/2))
@@ -171,7 +172,8 @@ func (im *Image) growReftable(table int) error {
 		return err
 	}
 	a.mu.Lock()
-	a.reftable, a.reftableOff = reftable, g.hostOffset(at)
+	a.reftable.Store(&reftable)
+	a.reftableOff = g.hostOffset(at)
 	a.mu.Unlock()
 	_ = im.guardTables() // an overlap was refused at open, and alloc makes none
 	im.release(g.hostCluster(oldOff), g.clusters(int64(len(old)*entryBytes)), true)

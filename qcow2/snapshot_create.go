@@ -271,6 +271,9 @@ func (im *Image) sweepAll(ctx context.Context, c *cut) error {
 		held := im.l1Claims.acquire(uint64(i), uint64(i), 1)
 		err := im.sweepTable(c, i)
 		im.l1Claims.release(held)
+		if err == nil {
+			err = im.pause()
+		}
 		if err != nil {
 			return err
 		}
@@ -365,10 +368,14 @@ func (im *Image) undoCut(ctx context.Context, c *cut) error {
 		swept := c.tables[i] == tableSwept
 		c.tables[i] = tableUndone
 		im.l1Claims.release(held)
-		if swept {
-			if err := im.lowerTable(l1Entry(e).offset()); err != nil {
-				return err
-			}
+		if !swept {
+			continue
+		}
+		if err := im.lowerTable(l1Entry(e).offset()); err != nil {
+			return err
+		}
+		if err := im.pause(); err != nil {
+			return err
 		}
 	}
 	return im.fixCopied(ctx)

@@ -76,6 +76,9 @@ func (im *Image) lowerTree(entries []uint64) error {
 		if err := im.lowerTable(table); err != nil {
 			return err
 		}
+		if err := im.pause(); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -70,15 +70,12 @@ func (im *Image) SnapshotUsage(ctx context.Context) (Usage, error) {
 // prepareUsage frees what waits to be freed, and makes refcounts readable.
 func (im *Image) prepareUsage() error {
 	if im.opts.ReadOnly {
-		a := &im.allocator
 		reftable, err := readTable(im.f, "refcount table", im.hdr.refcountTableOffset,
 			int(int64(im.hdr.refcountTableClusters)*im.geo.clusterSize/entryBytes))
 		if err != nil {
 			return err
 		}
-		a.mu.Lock()
-		a.reftable = reftable
-		a.mu.Unlock()
+		im.allocator.reftable.Store(&reftable)
 		return nil
 	}
 	if err := im.failed(); err != nil {
@@ -297,10 +294,7 @@ func (w *usageWalk) usage(ctx context.Context) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	im.allocator.mu.Lock()
-	reftable := int64(len(im.allocator.reftable))
-	im.allocator.mu.Unlock()
-	meta := 1 + im.geo.clusters(reftable*entryBytes) + blocks
+	meta := 1 + im.geo.clusters(int64(len(im.allocator.table()))*entryBytes) + blocks
 	im.hdrMu.Lock()
 	meta += im.geo.clusters(im.recordsBytes)
 	im.hdrMu.Unlock()
@@ -322,10 +316,7 @@ func (w *usageWalk) usage(ctx context.Context) (Usage, error) {
 // countAllocated returns how many clusters have a refcount, and how many
 // refcount blocks there are.
 func (w *usageWalk) countAllocated(ctx context.Context) (clusters, blocks int64, err error) {
-	a, g := &w.im.allocator, &w.im.geo
-	a.mu.Lock()
-	reftable := a.reftable // replaced when it changes
-	a.mu.Unlock()
+	g, reftable := &w.im.geo, w.im.allocator.table()
 	for t := range reftable {
 		if reftable[t] == 0 {
 			continue
