@@ -160,7 +160,10 @@ func TestNodeDown(t *testing.T) {
 			_, err := c.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: strings.Replace(onB, "vol-", "snap-", 1)})
 			return err
 		},
-		"get":    func() error { _, err := c.ControllerGetVolume(ctx, &csi.ControllerGetVolumeRequest{VolumeId: onB}); return err },
+		"get": func() error {
+			_, err := c.ControllerGetVolume(ctx, &csi.ControllerGetVolumeRequest{VolumeId: onB})
+			return err
+		},
 		"list":   func() error { _, err := c.ListVolumes(ctx, &csi.ListVolumesRequest{}); return err },
 		"create": func() error { _, err := c.CreateVolume(ctx, request("vb", "b")); return err },
 		"room": func() error {

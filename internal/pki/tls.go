@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // A Source returns the identity to use now. It is asked at every handshake.
@@ -30,7 +31,7 @@ func ServerConfig(source Source, peer Role) *tls.Config {
 				Certificates:           []tls.Certificate{pair},
 				ClientAuth:             tls.RequireAnyClientCert,
 				SessionTicketsDisabled: true, // a resumed session would skip the check
-				VerifyConnection:       verify(peer, trusted),
+				VerifyConnection:       verify(peer, trusted, time.Now),
 			}, nil
 		},
 	}
@@ -55,7 +56,7 @@ func ClientConfig(source Source, peer Role) *tls.Config {
 			if err != nil {
 				return err
 			}
-			return verify(peer, trusted)(state)
+			return verify(peer, trusted, time.Now)(state)
 		},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			id, err := source()
@@ -69,18 +70,14 @@ func ClientConfig(source Source, peer Role) *tls.Config {
 }
 
 // verify returns a check of the peer's certificate: signed by a CA of trusted,
-// valid now, for role and its direction.
-func verify(role Role, trusted *x509.CertPool) func(tls.ConnectionState) error {
+// valid at the time that now tells, for role and its direction.
+func verify(role Role, trusted *x509.CertPool, now func() time.Time) func(tls.ConnectionState) error {
 	return func(state tls.ConnectionState) error {
 		if len(state.PeerCertificates) == 0 {
 			return errors.New("pki: the peer has no certificate")
 		}
-		between := x509.NewCertPool()
-		for _, cert := range state.PeerCertificates[1:] {
-			between.AddCert(cert)
-		}
 		_, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{
-			DNSName: role.Name, Roots: trusted, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{role.usage()},
+			DNSName: role.Name, Roots: trusted, CurrentTime: now(), KeyUsages: []x509.ExtKeyUsage{role.usage()},
 		})
 		if err != nil {
 			return fmt.Errorf("pki: the peer is no %s: %w", role.Name, err)
