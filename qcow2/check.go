@@ -13,6 +13,11 @@ type CheckOptions struct {
 	Progress func(done float64)
 	// Report, if not nil, is called with each problem, in qemu-img's words.
 	Report func(Problem)
+
+	// beyondEnd also looks for leaks beyond the end of the file, which QEMU does
+	// not: a power loss can leave a refcount and take the growth of the file
+	// that it was for. They turn into leaks that QEMU sees when the file grows.
+	beyondEnd bool
 }
 
 // A Problem is one finding of Check.
@@ -63,7 +68,8 @@ type checker struct {
 
 	shifts        []uint // where the refcounts of a word lie, in the order of their clusters
 	fileBytes     int64
-	fileClusters  hostCluster // clusters that the file has; refcounts beyond are not compared
+	fileClusters  hostCluster // clusters that the file has
+	compareEnd    hostCluster // refcounts from here on are not compared
 	reftable      []uint64    // entries of the refcount table
 	snapshots     []snapshotRecord
 	snapshotBytes int64    // of the snapshot table

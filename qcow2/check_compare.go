@@ -29,12 +29,16 @@ func (c *checker) compare() error {
 // overlaps.
 func (c *checker) eachMismatch(fn func(k hostCluster, stored, refs uint64) error) error {
 	c.highest = 0
+	c.compareEnd = c.fileClusters
+	if c.o.beyondEnd {
+		c.compareEnd = max(c.fileClusters, c.coveredEnd())
+	}
 	var offs []HostOffset
 	var tables []int
 	next := hostCluster(0) // clusters below it are compared
 	for i, e := range c.reftable {
 		first := c.firstOfBlock(i)
-		if first >= c.fileClusters {
+		if first >= c.compareEnd {
 			break
 		}
 		if off := refblockOffset(e); off != 0 && c.readableBlock(off) {
@@ -54,7 +58,17 @@ func (c *checker) eachMismatch(fn func(k hostCluster, stored, refs uint64) error
 	if err != nil {
 		return err
 	}
-	return c.compareUncovered(next, c.fileClusters, fn)
+	return c.compareUncovered(next, c.compareEnd, fn)
+}
+
+// coveredEnd returns the end of the clusters that have a refcount block.
+func (c *checker) coveredEnd() hostCluster {
+	for i := len(c.reftable) - 1; i >= 0; i-- {
+		if refblockOffset(c.reftable[i]) != 0 {
+			return c.firstOfBlock(i + 1)
+		}
+	}
+	return 0
 }
 
 // readableBlock reports whether there can be a refcount block at off.
@@ -96,7 +110,7 @@ func (c *checker) compareAbsent(from, to hostCluster, fn func(k hostCluster, sto
 
 // compareBlock compares the clusters from first on with the refcount block b.
 func (c *checker) compareBlock(first hostCluster, b []byte, fn func(k hostCluster, stored, refs uint64) error) error {
-	end := min(c.fileClusters, first+1<<c.g.refblockBits)
+	end := min(c.compareEnd, first+1<<c.g.refblockBits)
 	for from := first; from < end; {
 		to := min(end, (from|(chunkClusters-1))+1) // one chunk of counters at a time
 		part := b[int64(from-first)<<c.g.refcountOrder/8:][:(int64(to-from)<<c.g.refcountOrder+7)/8]

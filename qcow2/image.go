@@ -195,7 +195,7 @@ func (im *Image) Check(ctx context.Context, o CheckOptions) (CheckResult, error)
 			return CheckResult{}, err
 		}
 	}
-	o.RepairLeaks, o.RepairAll = false, false
+	o.RepairLeaks, o.RepairAll, o.beyondEnd = false, false, true
 	h, err := readHeader(im.f)
 	if err != nil {
 		return CheckResult{}, err

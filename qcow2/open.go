@@ -107,7 +107,7 @@ func (im *Image) repair(ctx context.Context) error {
 	if err := im.handle.Close(); err != nil {
 		return err
 	}
-	res, err := checkFile(ctx, im.f, im.hdr, CheckOptions{RepairLeaks: true, RepairAll: im.hdr.dirty()})
+	res, err := checkFile(ctx, im.f, im.hdr, CheckOptions{RepairLeaks: true, RepairAll: im.hdr.dirty(), beyondEnd: true})
 	if err == nil {
 		im.hdr, err = readHeader(im.f)
 	}
