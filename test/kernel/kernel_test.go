@@ -91,6 +91,9 @@ func TestKernel(t *testing.T) {
 // kills is how often TestRestart kills; 0 leaves it to the test.
 var kills = flag.Int("kills", 0, "how often TestRestart kills the node process")
 
+// only picks tests of package guest.
+var only = flag.String("only", "", "a regexp of the tests of package guest that TestRestart runs")
+
 // TestRestart runs the tests of package guest that kill, stop and start the node process. With -kills it
 // only kills, so often.
 func TestRestart(t *testing.T) {
@@ -100,6 +103,9 @@ func TestRestart(t *testing.T) {
 	if *kills > 0 {
 		job.Args = []string{"-test.run=^TestRestartKilled$"}
 		job.Env = []string{fmt.Sprintf("GUEST_KILLS=%d", *kills)}
+	}
+	if *only != "" {
+		job.Args = []string{"-test.run=" + *only}
 	}
 	runGuest(t, job)
 }
@@ -131,8 +137,23 @@ func runGuest(t *testing.T, job vm.Job) {
 	if !result.Passed {
 		t.Error("the tests in the machine have failed, see above")
 	}
+	result.Kernel = withoutExpected(result.Kernel)
 	for _, line := range result.Trouble(nil) {
 		t.Errorf("the kernel printed: %s", line)
 	}
 	t.Logf("the machine ran for %.1f s", time.Since(begin).Seconds())
+}
+
+// withoutExpected drops the lines of the kernel between marks of tests that make trouble on purpose.
+func withoutExpected(lines []string) []string {
+	expected := false
+	return slices.DeleteFunc(slices.Clone(lines), func(line string) bool {
+		switch {
+		case strings.HasSuffix(line, "guest: trouble is expected from here"):
+			expected = true
+		case strings.HasSuffix(line, "guest: trouble is expected up to here"):
+			expected = false
+		}
+		return expected
+	})
 }

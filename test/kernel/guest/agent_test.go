@@ -111,6 +111,16 @@ func (a *agent) running() bool {
 	}
 }
 
+// wait waits until done.
+func wait(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited %s for %s", patience, what)
+		}
+	}
+}
+
 // kill kills the process and waits for its end.
 func (a *agent) kill() {
 	a.t.Helper()
@@ -137,6 +147,14 @@ func (a *agent) signal(sig os.Signal) {
 	case <-time.After(patience):
 		stack, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stack", a.cmd.Process.Pid, a.cmd.Process.Pid))
 		a.t.Fatalf("the process does not end on %v\n%s", sig, stack)
+	}
+}
+
+// restored waits until the process serves the volumes again.
+func (a *agent) restored(volumes []*volume) {
+	a.t.Helper()
+	for _, v := range volumes {
+		wait(a.t, v.name+" to be healthy", func() bool { return len(v.health()) == 0 })
 	}
 }
 

@@ -75,13 +75,15 @@ func TestRestartKilled(t *testing.T) {
 			a.kill()
 			a.start()
 		}
+		a.restored(all)
+		restart := time.Since(begin)
 		finish()
 		pause := time.Duration(0)
 		for _, p := range pulses {
 			pause = max(pause, p.beaten(a))
 		}
 		pauses = append(pauses, pause)
-		t.Logf("kill %d, %s: gone after %d ms, pause of %d ms", n+1, s.name, ended.Milliseconds(), pause.Milliseconds())
+		t.Logf("kill %d, %s: gone after %d ms, restarted after %d ms, pause of %d ms", n+1, s.name, ended.Milliseconds(), restart.Milliseconds(), pause.Milliseconds())
 	}
 	slices.Sort(pauses)
 	t.Logf("pauses of %d kills: median %d ms, most %d ms", kills, pauses[kills/2].Milliseconds(), pauses[kills-1].Milliseconds())

@@ -17,6 +17,7 @@ type volume struct {
 	name    string
 	fs      string // "" for a raw device
 	bytes   int64
+	params  map[string]string // of its StorageClass
 	id      string
 	context map[string]string
 }
@@ -37,13 +38,18 @@ func (v *volume) capability() *csi.VolumeCapability {
 // create makes a volume, a restore of a snapshot if that is not "".
 func (a *agent) create(name, fs string, bytes int64, snapshot string) *volume {
 	a.t.Helper()
-	v := &volume{a: a, name: name, fs: fs, bytes: bytes}
-	req := &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: bytes}, VolumeCapabilities: []*csi.VolumeCapability{v.capability()}}
+	return a.createWith(&volume{a: a, name: name, fs: fs, bytes: bytes}, snapshot)
+}
+
+func (a *agent) createWith(v *volume, snapshot string) *volume {
+	a.t.Helper()
+	req := &csi.CreateVolumeRequest{Name: v.name, CapacityRange: &csi.CapacityRange{RequiredBytes: v.bytes},
+		VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, Parameters: v.params}
 	if snapshot != "" {
 		req.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
 			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot}}}
 	}
-	a.call("CreateVolume "+name, func(ctx context.Context) error {
+	a.call("CreateVolume "+v.name, func(ctx context.Context) error {
 		resp, err := a.CreateVolume(ctx, req)
 		v.id, v.context = resp.GetVolume().GetVolumeId(), resp.GetVolume().GetVolumeContext()
 		return err

@@ -1,0 +1,86 @@
+//go:build kernelguest
+
+package guest
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// arenaLayoutOffset is where the header of an arena file has its layout version.
+const arenaLayoutOffset = 8
+
+// TestRestartPlanned ends the process as an upgrade does, under load. Nothing is disconnected, nobody sees an
+// error, and the next process may have another layout of the arena: it is left empty.
+func TestRestartPlanned(t *testing.T) {
+	a := newAgent(t)
+	ext4 := a.create("ext4", "ext4", 128<<20, "")
+	xfs := a.create("xfs", "xfs", 320<<20, "")
+	w := &workers{t: t}
+	defer w.stop()
+	var pulses []*pulse
+	for i, v := range []*volume{ext4, xfs} {
+		v.mount()
+		w.load(v, i%2 == 1)
+		pulses = append(pulses, w.pulse(v))
+	}
+	arena := filepath.Join(runDir, "arena")
+	for n := range 4 {
+		for _, p := range pulses {
+			p.beaten(a)
+		}
+		begin := time.Now()
+		a.terminate()
+		ended := time.Now()
+		if fi, err := os.Stat(arena); err != nil || fi.Size() != 0 {
+			t.Errorf("the arena that is left has %d bytes, %v; want none", fi.Size(), err)
+		}
+		if left, _ := filepath.Glob("/sys/block/nbd*/backend"); len(left) != 2 {
+			t.Errorf("devices after SIGTERM: %v, want 2", left)
+		}
+		a.start()
+		a.restored([]*volume{ext4, xfs})
+		restored := time.Now()
+		pause := time.Duration(0)
+		for _, p := range pulses {
+			pause = max(pause, p.beaten(a))
+		}
+		t.Logf("restart %d: ended in %d ms, next process ready after %d ms, pause of %d ms", n+1,
+			ended.Sub(begin).Milliseconds(), restored.Sub(ended).Milliseconds(), pause.Milliseconds())
+	}
+
+	// A process that was killed leaves what another layout would misread: it is refused, and nothing is lost.
+	a.kill()
+	f, err := os.OpenFile(arena, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	version := make([]byte, 1)
+	if _, err := f.ReadAt(version, arenaLayoutOffset); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{version[0] + 1}, arenaLayoutOffset); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	wait(t, "a process that refuses the arena", func() bool { return !a.running() })
+	if log, err := os.ReadFile(a.log()); err != nil || !strings.Contains(string(log), "another layout") || !strings.Contains(string(log), "SIGTERM") {
+		t.Errorf("the refusal does not say why and what to do: %v", err)
+	}
+	if _, err := f.WriteAt(version, arenaLayoutOffset); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	for _, p := range pulses {
+		p.beaten(a)
+	}
+	w.stop()
+	for _, v := range []*volume{ext4, xfs} {
+		v.unmount()
+		v.checkAndDelete()
+	}
+}
