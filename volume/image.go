@@ -81,6 +81,9 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 	}
 	unclean := rec.Open
 	reverting := rec.Revert != ""
+	if unclean && p.opts.ClosedOnly {
+		return nil, fmt.Errorf("%w: volume %s was not closed: its node agent has died; start the agent, which has the rest of it", ErrInUse, id)
+	}
 	file, err := p.openDisk(path.Join(volumeDir(id), diskName), qcow2.FileOptions{Direct: rec.Params.DirectIO, Lock: qcow2.LockWrite})
 	if err != nil {
 		return nil, err

@@ -21,20 +21,26 @@ type holder struct {
 
 // lock locks key for an operation.
 func (l *keyLock) lock(ctx context.Context, key string) (unlock func(), err error) {
-	return l.acquire(ctx, key, func(h *holder) bool { return h.reaper })
+	return l.acquire(ctx, key, false, func(h *holder) bool { return h.reaper })
 }
 
 // wait locks key for an operation, after whatever holds it.
 func (l *keyLock) wait(ctx context.Context, key string) (unlock func(), err error) {
-	return l.acquire(ctx, key, func(*holder) bool { return true })
+	return l.acquire(ctx, key, false, func(*holder) bool { return true })
 }
 
-func (l *keyLock) acquire(ctx context.Context, key string, patient func(*holder) bool) (func(), error) {
+// visit locks key, after whatever holds it, for a look: operations wait for it as
+// for the reaper.
+func (l *keyLock) visit(ctx context.Context, key string) (unlock func(), err error) {
+	return l.acquire(ctx, key, true, func(*holder) bool { return true })
+}
+
+func (l *keyLock) acquire(ctx context.Context, key string, reaper bool, patient func(*holder) bool) (func(), error) {
 	for {
 		l.mu.Lock()
 		h := l.held[key]
 		if h == nil {
-			unlock := l.takeLocked(key, false)
+			unlock := l.takeLocked(key, reaper)
 			l.mu.Unlock()
 			return unlock, nil
 		}

@@ -28,6 +28,10 @@ type Options struct {
 	// CopyBandwidth bounds what volumes of CloneCopy copy in the background, in
 	// bytes per second; 0 sets no bound.
 	CopyBandwidth int64
+	// ClosedOnly refuses, with ErrInUse, images that were not closed by their last
+	// user: for a program that works on the pool while the node agent, whose
+	// cache has the rest of them, does not run.
+	ClosedOnly bool
 
 	// Seams of tests: step is called around each change of the directory,
 	// wrapFile around each image file opened read-write.
