@@ -106,7 +106,7 @@ func NewAttacher(kind string, o AttacherOptions) (_ *Attacher, err error) {
 	}
 	a := &Attacher{
 		dir:     dir,
-		drivers: map[string]attachDriver{KindNBD: nbd, KindFUSE: newFUSEDriver(o.RunDir, names)},
+		drivers: map[string]attachDriver{KindNBD: nbd, KindFUSE: newFUSEDriver(o.RunDir, names, o.Holder)},
 		live:    make(map[string]*attached),
 	}
 	var errs []error
@@ -227,9 +227,14 @@ func (a *Attacher) Stale(ctx context.Context) ([]StaleDevice, error) {
 	return found, errors.Join(errs...)
 }
 
-// Run keeps the record of what is served up to date, without which a later process cannot
-// reattach; it returns when ctx ends.
+// Run keeps the record of what is served up to date, and what is held, without which a later process
+// cannot reattach; it returns when ctx ends.
 func (a *Attacher) Run(ctx context.Context) {
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	if fuse, ok := a.drivers[KindFUSE].(*fuseDriver); ok && fuse.holder != nil {
+		workers.Go(func() { fuse.holder.Run(ctx) })
+	}
 	if nbd, ok := a.drivers[KindNBD].(*nbdDriver); ok {
 		nbd.run(ctx)
 	}

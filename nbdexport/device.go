@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"time"
+
+	"csi-qcow2/nbdexport/holder"
 )
 
 // Errors that a caller of a [Device] or an [Attacher] can act on.
@@ -109,6 +111,10 @@ type AttacherOptions struct {
 	// process serves it: the time that a restart may take. After it they fail. Whole seconds,
 	// at least 1 s; default 10 min.
 	DeadConnTimeout time.Duration
+
+	// Holder is asked to keep the connections of FUSE devices for the next process. Without one
+	// they end with this process. It stays the caller's, who closes it after the Attacher.
+	Holder *holder.Client
 }
 
 func (o AttacherOptions) withDefaults() AttacherOptions {

@@ -9,8 +9,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"csi-qcow2/internal/aside"
+	"csi-qcow2/nbdexport/fuse"
 )
 
 const loopControl = "/dev/loop-control"
@@ -23,23 +27,81 @@ const loopAttempts = 64
 // sysfs, whether or not anyone serves the file system it is on; its last element is how we know our
 // devices (see deviceNames).
 type loopDevice struct {
-	name string // loopN
-	file string // last element of the backing file's path
+	Name string // loopN
+	File string // last element of the backing file's path
 }
 
-func (l loopDevice) path() string { return "/dev/" + l.name }
+func (l loopDevice) path() string { return "/dev/" + l.Name }
 
-// configureLoop sets a free loop device up over the open file fd, whose name is file.
-func configureLoop(ctx context.Context, fd int, file string, o DeviceOptions) (loopDevice, error) {
+// What may wait for the server of the backing file is done by a child: see package aside.
+var (
+	loopMake   = aside.Op("loop make", makeLoop)
+	loopResize = aside.Op("loop resize", resizeLoop, ErrDeviceGone)
+	loopClear  = aside.Op("loop clear", clearLoop, ErrDeviceBusy)
+)
+
+// A loopConfig says what device to make.
+type loopConfig struct {
+	Path      string // of the backing file
+	ReadOnly  bool
+	BlockSize int
+	Discard   bool
+	Size      int64 // bytes that the device must have
+}
+
+// makeLoop sets a free loop device up.
+func makeLoop(c loopConfig, _ []*os.File) (l loopDevice, err error) {
+	flag := unix.O_RDWR
+	if c.ReadOnly {
+		flag = unix.O_RDONLY
+	}
+	var fd int
+	err = ignoringEINTR(func() error {
+		fd, err = unix.Open(c.Path, flag|unix.O_CLOEXEC, 0) // not os.Open: the runtime's poller would ask us
+		return err
+	})
+	if err != nil {
+		return loopDevice{}, fmt.Errorf("open %q: %w", c.Path, err)
+	}
+	defer unix.Close(fd) // the loop device has its own reference
+	l, err = configureLoop(fd, c)
+	if err != nil {
+		return loopDevice{}, err
+	}
+	if err := l.check(c); err != nil {
+		// Its path was never handed out. Nothing is written back, so nothing is lost.
+		_, clearErr := clearLoop(loopRemoval{loopDevice: l, Wait: detachWait}, nil)
+		return loopDevice{}, errors.Join(err, clearErr)
+	}
+	return l, nil
+}
+
+// check completes a new device.
+func (l loopDevice) check(c loopConfig) error {
+	if c.Discard {
+		if err := l.allowDiscard(); err != nil {
+			return err
+		}
+	}
+	size, err := sysfsSize(l.Name)
+	if err == nil && size != c.Size {
+		err = fmt.Errorf("%s has %d bytes, want %d", l.path(), size, c.Size)
+	}
+	return err
+}
+
+// configureLoop sets a free loop device up over the open file fd.
+func configureLoop(fd int, c loopConfig) (loopDevice, error) {
+	file := filepath.Base(c.Path)
 	control, err := os.OpenFile(loopControl, os.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return loopDevice{}, err
 	}
 	defer control.Close()
 
-	config := unix.LoopConfig{Fd: uint32(fd), Size: uint32(o.BlockSize)}
+	config := unix.LoopConfig{Fd: uint32(fd), Size: uint32(c.BlockSize)}
 	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
-	if o.ReadOnly {
+	if c.ReadOnly {
 		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 	}
 	copy(config.Info.File_name[:len(config.Info.File_name)-1], file)
@@ -51,8 +113,8 @@ func configureLoop(ctx context.Context, fd int, file string, o DeviceOptions) (l
 		if err != nil {
 			return loopDevice{}, fmt.Errorf("find a free loop device: %w", err)
 		}
-		l := loopDevice{name: fmt.Sprintf("loop%d", n), file: file}
-		err = l.with(ctx, os.O_RDWR, func(dev int) error { return unix.IoctlLoopConfigure(dev, &config) })
+		l := loopDevice{Name: fmt.Sprintf("loop%d", n), File: file}
+		err = l.with(os.O_RDWR, func(dev int) error { return unix.IoctlLoopConfigure(dev, &config) })
 		switch {
 		case err == nil:
 			return l, nil
@@ -66,8 +128,8 @@ func configureLoop(ctx context.Context, fd int, file string, o DeviceOptions) (l
 
 // with calls f with the device node open. While it is open, the device's backing file does not change: a
 // LOOP_CLR_FD by anyone waits for the last close.
-func (l loopDevice) with(ctx context.Context, flag int, f func(fd int) error) error {
-	dev, err := openNode(ctx, l.path(), flag)
+func (l loopDevice) with(flag int, f func(fd int) error) error {
+	dev, err := openNode(context.Background(), l.path(), flag)
 	if err != nil {
 		return err
 	}
@@ -78,7 +140,7 @@ func (l loopDevice) with(ctx context.Context, flag int, f func(fd int) error) er
 // backing returns the path of the backing file, as the kernel prints it; "" when the device is not
 // set up.
 func (l loopDevice) backing() (string, error) {
-	path, err := sysfsValue(l.name, "loop/backing_file")
+	path, err := sysfsValue(l.Name, "loop/backing_file")
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
 	}
@@ -89,17 +151,17 @@ func (l loopDevice) backing() (string, error) {
 // bound reports whether the device is set up over the file it was made for.
 func (l loopDevice) bound() (bool, error) {
 	path, err := l.backing()
-	return path != "" && filepath.Base(path) == l.file, err
+	return path != "" && filepath.Base(path) == l.File, err
 }
 
 // allowDiscard lifts a limit on discards that an earlier user of the loop device wrote: the
 // kernel keeps it when the device is set up anew.
 func (l loopDevice) allowDiscard() error {
-	limit, err := sysfsValue(l.name, "queue/discard_max_bytes")
+	limit, err := sysfsValue(l.Name, "queue/discard_max_bytes")
 	if err != nil || limit != "0" {
 		return err
 	}
-	hard, err := sysfsValue(l.name, "queue/discard_max_hw_bytes")
+	hard, err := sysfsValue(l.Name, "queue/discard_max_hw_bytes")
 	if err != nil {
 		return err
 	}
@@ -108,67 +170,86 @@ func (l loopDevice) allowDiscard() error {
 		return err
 	}
 	// The kernel wants a multiple of the granularity.
-	return setSysfsValue(l.name, "queue/discard_max_bytes", strconv.FormatUint(n&^(fuseBlkSize-1), 10))
+	return setSysfsValue(l.Name, "queue/discard_max_bytes", strconv.FormatUint(n&^(fuse.BlockSize-1), 10))
 }
 
-// resize makes the device as long as its backing file is now, which must be size.
-func (l loopDevice) resize(ctx context.Context, size int64) error {
-	return l.with(ctx, os.O_RDONLY, func(fd int) error {
-		if ok, err := l.bound(); err != nil || !ok {
-			return errors.Join(fmt.Errorf("%s: %w", l.path(), ErrDeviceGone), err)
+// A loopSize is a device with a size in bytes.
+type loopSize struct {
+	loopDevice
+	Size int64
+}
+
+// resizeLoop makes the device as long as its backing file is now, which must be r.Size.
+func resizeLoop(r loopSize, _ []*os.File) (struct{}, error) {
+	return struct{}{}, r.with(os.O_RDONLY, func(fd int) error {
+		if ok, err := r.bound(); err != nil || !ok {
+			return errors.Join(fmt.Errorf("%s: %w", r.path(), ErrDeviceGone), err)
+		}
+		// The driver takes the size that the file system has seen last. To get the status it has it
+		// ask the file's server, also when no path leads to the file any more.
+		if _, err := unix.IoctlLoopGetStatus64(fd); err != nil {
+			return fmt.Errorf("get the status of %s: %w", r.path(), err)
 		}
 		if err := unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
-			return fmt.Errorf("set the capacity of %s: %w", l.path(), err)
+			return fmt.Errorf("set the capacity of %s: %w", r.path(), err)
 		}
-		if got, err := sysfsSize(l.name); err != nil || got != size {
-			return errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", l.path(), got, size), err)
+		if got, err := sysfsSize(r.Name); err != nil || got != r.Size {
+			return errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", r.path(), got, r.Size), err)
 		}
 		return nil
 	})
 }
 
-// clear takes the device from its backing file, after writing back what the kernel holds for it
-// when writeBack is set. It waits for openers until ctx ends, then returns ErrDeviceBusy with the
-// device as it was. A device that is not bound to our file any more is success. lost is
-// ErrNotFlushed when the write back failed, which the kernel tells once: the device is cleared all
-// the same, unless err says otherwise.
-func (l loopDevice) clear(ctx context.Context, writeBack bool) (lost, err error) {
+// A loopRemoval says how a device is taken from its backing file.
+type loopRemoval struct {
+	loopDevice
+	WriteBack bool          // what the kernel holds for it
+	Wait      time.Duration // for openers
+}
+
+// clearLoop takes the device from its backing file, after writing back what the kernel holds for it
+// when that is asked for. It waits for openers, then returns ErrDeviceBusy with the device as it was. A
+// device that is not bound to our file any more is success. lost, not "" when the write back failed, says
+// why, which the kernel tells once: the device is cleared all the same, unless err says otherwise.
+func clearLoop(r loopRemoval, _ []*os.File) (lost string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), r.Wait)
+	defer cancel()
 	err = poll(ctx, func() (bool, error) {
-		if ok, err := l.bound(); err != nil || !ok {
+		if ok, err := r.bound(); err != nil || !ok {
 			return true, err
 		}
-		dev, err := openExclusive(l.path())
+		dev, err := openExclusive(r.path())
 		if errors.Is(err, unix.EBUSY) {
 			return false, nil
 		} else if err != nil {
 			return false, err
 		}
 		defer dev.Close()
-		if ok, err := l.bound(); err != nil || !ok {
+		if ok, err := r.bound(); err != nil || !ok {
 			return true, err
 		}
-		if writeBack {
+		if r.WriteBack {
 			if err := dev.Sync(); err != nil {
-				lost = fmt.Errorf("write back %s: %w: %w", l.path(), ErrNotFlushed, err)
+				lost = fmt.Sprintf("write back %s: %v", r.path(), err)
 			}
 		}
 		// With us as the only opener the device is cleared when we close it; with others, when the
 		// last of them does.
 		if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
-			return false, fmt.Errorf("clear %s: %w", l.path(), err)
+			return false, fmt.Errorf("clear %s: %w", r.path(), err)
 		}
 		return false, nil
 	})
 	if err == nil || ctx.Err() == nil {
 		return lost, err
 	}
-	if err := l.keep(); err != nil {
+	if err := r.keep(); err != nil {
 		return lost, err
 	}
-	if ok, err := l.bound(); err != nil || !ok {
+	if ok, err := r.bound(); err != nil || !ok {
 		return lost, err // the last opener went just now
 	}
-	return lost, fmt.Errorf("%s: %w", l.path(), ErrDeviceBusy)
+	return lost, fmt.Errorf("%s: %w", r.path(), ErrDeviceBusy)
 }
 
 // keep takes back a LOOP_CLR_FD that waits for openers, so that the device outlives them.
@@ -181,14 +262,38 @@ func (l loopDevice) keep() error {
 	if ok, err := l.bound(); err != nil || !ok {
 		return err
 	}
-	if autoclear, err := sysfsValue(l.name, "loop/autoclear"); err != nil || autoclear == "0" {
+	if autoclear, err := sysfsValue(l.Name, "loop/autoclear"); err != nil || autoclear == "0" {
 		return err
 	}
 	var info unix.LoopInfo64 // every field but the flags as configureLoop set it
-	copy(info.File_name[:len(info.File_name)-1], l.file)
+	copy(info.File_name[:len(info.File_name)-1], l.File)
 	err = unix.IoctlLoopSetStatus64(int(dev.Fd()), &info)
 	if errors.Is(err, unix.ENXIO) {
 		return nil // cleared meanwhile
 	}
 	return err
+}
+
+// findLoop returns the loop device over the file called file, if there is one.
+func findLoop(file string) (l loopDevice, ok bool, err error) {
+	names, err := sysfsDevices("loop")
+	if err != nil {
+		return loopDevice{}, false, err
+	}
+	for _, name := range names {
+		l := loopDevice{Name: name, File: file}
+		if ok, err := l.bound(); ok || err != nil {
+			return l, ok, err
+		}
+	}
+	return loopDevice{}, false, nil
+}
+
+// ignoringEINTR calls f again for as long as a signal interrupts it: the runtime's preemption is one.
+func ignoringEINTR(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }

@@ -127,7 +127,9 @@ func forgetUnclaimed(tables *cache.Cache, pools map[string]*volume.Pool) {
 
 // serveNode runs the driver over open pools.
 func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool, tables *arena, problems []string) (err error) {
-	attacher, err := nbdexport.NewAttacher(f.device, nbdexport.AttacherOptions{RunDir: f.runDir, DeadConnTimeout: f.deadConn})
+	held := holderClient(f.runDir, f.startHolder)
+	defer func() { err = errors.Join(err, held.Close()) }()
+	attacher, err := nbdexport.NewAttacher(f.device, nbdexport.AttacherOptions{RunDir: f.runDir, DeadConnTimeout: f.deadConn, Holder: held})
 	if err != nil {
 		return err
 	}

@@ -17,19 +17,20 @@ import (
 
 // nodeFlags are the flags of `csi-qcow2 node`.
 type nodeFlags struct {
-	endpoint   string
-	pools      poolFlags
-	nodeID     string
-	runDir     string
-	device     string
-	driverName string
-	cacheBytes int64
-	maxVolumes int64
-	copyRate   int64 // bytes per second
-	drain      time.Duration
-	deadConn   time.Duration
-	servers    serverFlags
-	log        logFlags
+	endpoint    string
+	pools       poolFlags
+	nodeID      string
+	runDir      string
+	device      string
+	driverName  string
+	cacheBytes  int64
+	maxVolumes  int64
+	copyRate    int64 // bytes per second
+	drain       time.Duration
+	deadConn    time.Duration
+	startHolder bool
+	servers     serverFlags
+	log         logFlags
 }
 
 // A poolFlag is one --pool NAME=DIR.
@@ -80,15 +81,16 @@ func defaultNodeFlags() nodeFlags {
 		host = "" // --node-id is required then
 	}
 	return nodeFlags{
-		endpoint:   "unix:///var/lib/kubelet/plugins/" + driver.DefaultName + "/csi.sock",
-		nodeID:     host,
-		runDir:     "/run/csi-qcow2",
-		device:     nbdexport.KindAuto,
-		driverName: driver.DefaultName,
-		cacheBytes: 64 << 20,
-		drain:      defaultDrain,
-		deadConn:   defaultDeadConn,
-		log:        defaultLogFlags(),
+		endpoint:    "unix:///var/lib/kubelet/plugins/" + driver.DefaultName + "/csi.sock",
+		nodeID:      host,
+		runDir:      "/run/csi-qcow2",
+		device:      nbdexport.KindAuto,
+		driverName:  driver.DefaultName,
+		cacheBytes:  64 << 20,
+		drain:       defaultDrain,
+		deadConn:    defaultDeadConn,
+		startHolder: true,
+		log:         defaultLogFlags(),
 	}
 }
 
@@ -103,6 +105,7 @@ func (f *nodeFlags) add(flags *pflag.FlagSet) {
 	flags.Int64Var(&f.maxVolumes, "max-volumes", f.maxVolumes, "volumes that can be staged at once; 0 sets no limit")
 	flags.Int64Var(&f.copyRate, "copy-bandwidth", f.copyRate, "what volumes with cloneMode=copy copy in the background, in bytes per second and pool; 0 sets no limit")
 	flags.DurationVar(&f.drain, "drain-timeout", f.drain, "how long running calls may take to finish after SIGTERM")
+	flags.BoolVar(&f.startHolder, "start-holder", f.startHolder, "start csi-qcow2 holder for fuse devices when none answers; false where one runs in a container of its own")
 	flags.DurationVar(&f.deadConn, "dead-connection-timeout", f.deadConn, "how long requests for an nbd device wait while no process serves it, before they fail: the time that a restart may take")
 	f.servers.add(flags)
 	f.log.add(flags)

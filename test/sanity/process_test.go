@@ -28,6 +28,7 @@ type process struct {
 	log    lockedBuffer
 	ended  chan struct{} // closed when the process has ended
 	err    error         // of Wait, once ended is closed
+	alone  bool          // without a holder: devices end with the process
 }
 
 // lockedBuffer collects output that a test reads while the process writes.
@@ -105,7 +106,7 @@ func (p *process) socket() string          { return p.path("csi.sock") }
 func (p *process) start() {
 	p.t.Helper()
 	p.cmd = exec.Command(p.binary, "node", "--endpoint", "unix://"+p.socket(), "--pool", "default="+p.pool(),
-		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2")
+		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2", fmt.Sprintf("--start-holder=%t", !p.alone))
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
@@ -195,9 +196,10 @@ func (p *process) loops() []string {
 	return devices
 }
 
-// wantNothingLeft checks that the process has left no mount and no device.
+// wantNothingLeft checks that the process has left no mount, no device and no holder.
 func (p *process) wantNothingLeft() {
 	p.t.Helper()
+	p.wait("the end of the holder", func() bool { return p.holderPID() == 0 })
 	if mounts := p.mounts(); len(mounts) > 0 {
 		p.t.Errorf("mounts left: %q", mounts)
 	}
@@ -215,6 +217,10 @@ func (p *process) cleanUp() {
 			p.cmd.Process.Signal(syscall.SIGKILL)
 			<-p.ended
 		}
+	}
+	if pid := p.holderPID(); pid > 0 {
+		p.t.Errorf("had to kill the holder %d", pid)
+		p.killHolder()
 	}
 	mounts := p.mounts()
 	for i := len(mounts) - 1; i >= 0; i-- {

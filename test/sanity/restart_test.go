@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 // device. The next one reports them, hangs nowhere, and repairs them when they are staged again.
 func TestKilledWithVolumesStaged(t *testing.T) {
 	p := newProcess(t)
+	p.alone = true
 	p.start()
 	k := newKubelet(p)
 	content := bytes.Repeat([]byte("qcow2"), 100000)
@@ -38,6 +40,10 @@ func TestKilledWithVolumesStaged(t *testing.T) {
 	p.start()
 
 	for name, id := range ids {
+		p.wait("the decision about "+name, func() bool {
+			h := k.health(id)
+			return len(h) != 1 || !strings.Contains(h[0], "DeviceReturning")
+		})
 		health, err := k.NodeGetVolumeHealth(k.rpc(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
 		if err != nil || len(health.GetVolumeHealth().GetHealthStatuses()) != 1 ||
 			health.GetVolumeHealth().GetHealthStatuses()[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE {
@@ -113,6 +119,7 @@ func TestStoppedWithVolumesStaged(t *testing.T) {
 // beside it, and the old device goes when the file is closed.
 func TestPodHoldsDeadMount(t *testing.T) {
 	p := newProcess(t)
+	p.alone = true
 	p.start()
 	k := newKubelet(p)
 	id := k.create("v", 512, nil, "ext4")
