@@ -109,6 +109,7 @@ func New(ctx context.Context, o Options) (*Driver, error) {
 func (d *Driver) Register(s *grpc.Server) {
 	d.RegisterController(s)
 	csi.RegisterNodeServer(s, nodeServer{Driver: d})
+	d.registerOperator(s)
 }
 
 // RegisterController adds the services that a CO calls from anywhere.
