@@ -91,6 +91,7 @@ func newRootCommand() *cobra.Command {
 		newNBDCommand(),
 		newNodeCommand(),
 		newVersionCommand(),
+		newVolumeCommand(),
 	)
 	return root
 }
