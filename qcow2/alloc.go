@@ -120,6 +120,16 @@ func (im *Image) alloc(want int64) (first hostCluster, n int64, fresh bool, err 
 	}
 }
 
+// allocData is alloc for clusters of data, if they are admitted.
+func (im *Image) allocData(want int64) (first hostCluster, n int64, fresh bool, err error) {
+	if admit := im.opts.Admit; admit != nil {
+		if err := admit(want << im.geo.clusterBits); err != nil {
+			return 0, 0, false, fmt.Errorf("qcow2: allocate %d clusters: %w", want, err)
+		}
+	}
+	return im.alloc(want)
+}
+
 // takeLocked is one try of alloc. Preconditions: a.mu is held.
 func (im *Image) takeLocked(want int64) (take, error) {
 	if t, err := im.takeFreed(want); err != nil || t.n > 0 || t.missing != 0 {

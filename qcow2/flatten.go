@@ -131,7 +131,7 @@ func (im *Image) copyUp(r l2Run, content []byte) (int64, error) {
 		}
 		return n, im.storeL2(r, buf[:n])
 	}
-	first, n, _, err := im.alloc(n)
+	first, n, _, err := im.allocData(n)
 	if err != nil {
 		return 0, err
 	}

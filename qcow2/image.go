@@ -38,6 +38,11 @@ type Options struct {
 	// it is made available, and given back to the host, without one. Zero
 	// leaves it to Flush and Close.
 	ReclaimAfter time.Duration
+	// Admit, if not nil, is asked before a write to the image, or a copy from its
+	// backing file, allocates n bytes of clusters for data. Its error is the
+	// write's. Clusters of tables are not asked for: they are few, and what frees
+	// space needs some. It is called from many goroutines, and must not wait.
+	Admit func(n int64) error
 	// NoFlush makes Flush return at once and syncs nothing: cache=unsafe of the tools.
 	NoFlush bool
 }

@@ -89,7 +89,7 @@ func (im *Image) writeNew(p []byte, off int64) (int, error) {
 	if e := old[0]; e.kind() == kindZeroAllocated && e.copied() {
 		return im.writeOverZeroes(p, off, r, e)
 	}
-	first, n, fresh, err := im.alloc(int64(len(old)))
+	first, n, fresh, err := im.allocData(int64(len(old)))
 	if err != nil {
 		return 0, err
 	}

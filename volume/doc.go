@@ -42,6 +42,7 @@
 //	ID lock of a new volume or snapshot (keyLock)
 //	  ID lock of the source or owning volume
 //	    entry.writeMu      one record; held over its durable write
+//	      guard.mu         what is promised and not in the index yet
 //	      Pool.mu          the index; never held over I/O
 //	        shared.mu      the table of open images or views; never held over I/O
 //

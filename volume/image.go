@@ -96,7 +96,7 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 	}
 	im, err := qcow2.Open(ctx, file, qcow2.Options{
 		Cache: p.opts.Cache, ID: imageID(id), Unclean: unclean,
-		OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard, ReclaimAfter: reclaimAfter,
+		OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard, ReclaimAfter: reclaimAfter, Admit: p.admit,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("volume %s: %w", id, errors.Join(err, file.Close()))

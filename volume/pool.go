@@ -25,6 +25,8 @@ type Options struct {
 	// Cache holds the metadata tables of all images. Nil gives each image a
 	// cache of its own of qcow2.DefaultCacheBytes.
 	Cache *cache.Cache
+	// Guard bounds what the pool promises and takes; the zero value does not.
+	Guard Guard
 	// CopyBandwidth bounds what volumes of CloneCopy copy in the background, in
 	// bytes per second; 0 sets no bound.
 	CopyBandwidth int64
@@ -52,6 +54,7 @@ type Pool struct {
 	kick    chan struct{}  // wakes the reaper; holds one
 	copies  chan struct{}  // wakes the copier; holds one
 	locks   keyLock        // by volume or snapshot ID
+	guard   guard
 	images  shared[string, *qcow2.Image]
 	views   shared[viewRef, *qcow2.Image]
 
@@ -129,6 +132,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 		groups:    make(map[string]*groupRecord),
 		failures:  make(map[string]error),
 	}
+	p.guard.opts = o.Guard
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	p.images = shared[string, *qcow2.Image]{ctx: p.ctx, open: p.openImage, shut: p.shutImage, workers: &p.workers}
 	p.views = shared[viewRef, *qcow2.Image]{ctx: p.ctx, open: p.openView, shut: shutView, workers: &p.workers}
@@ -138,7 +142,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 			err = errors.Join(err, p.unlock(), dir.Close())
 		}
 	}()
-	for _, setUp := range []func() error{p.checkDirectory, p.takeLock, p.readMarker, p.emptyIncoming, p.load} {
+	for _, setUp := range []func() error{o.Guard.Validate, p.checkDirectory, p.takeLock, p.readMarker, p.emptyIncoming, p.load, p.look} {
 		if err := setUp(); err != nil {
 			return nil, fmt.Errorf("pool %q: %w", p.path, err)
 		}

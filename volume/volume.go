@@ -218,6 +218,11 @@ func (p *Pool) newImage(rec volumeRecord, backing *viewRef) imageMaker {
 // build makes the volume of rec, whose image image makes, in incoming/ and
 // publishes it. The caller holds its ID lock.
 func (p *Pool) build(ctx context.Context, rec volumeRecord, image imageMaker) (Volume, error) {
+	kept, err := p.promise(rec.Size)
+	if err != nil {
+		return Volume{}, err
+	}
+	defer kept()
 	dir := incomingName(rec.ID)
 	if err := p.dir.RemoveAll(dir); err != nil { // of an attempt that failed
 		return Volume{}, err
@@ -316,6 +321,11 @@ func (p *Pool) expand(ctx context.Context, id string, want, limit int64) (err er
 	if rec.Size >= want {
 		return nil
 	}
+	kept, err := p.promise(want - rec.Size)
+	if err != nil {
+		return err
+	}
+	defer kept()
 	d, err := p.openAny(ctx, id)
 	if err != nil {
 		return err

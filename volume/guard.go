@@ -1,0 +1,205 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Guard bounds what a pool of thin volumes promises and takes. All fields are
+// shares of the space of the pool's file system; zero sets no bound.
+type Guard struct {
+	// Overcommit is how much the virtual sizes of all volumes may be together:
+	// 1 promises no more than there is, 3 three times as much.
+	Overcommit float64
+	// WarnAt is the use of the file system from which the pool counts as degraded.
+	WarnAt float64
+	// RefuseAt is the use from which no volume is made or expanded any more.
+	RefuseAt float64
+	// StopAt is the use from which guest writes that need new clusters get
+	// ENOSPC. The rest is for metadata, and for what others put beside the pool:
+	// a file system that is full to the last byte cannot even forget a snapshot.
+	StopAt float64
+}
+
+// Validate returns all that is wrong with g.
+func (g Guard) Validate() error {
+	var errs []error
+	for _, share := range []struct {
+		name  string
+		value float64
+	}{{"warn", g.WarnAt}, {"refuse", g.RefuseAt}, {"stop", g.StopAt}} {
+		if math.IsNaN(share.value) || share.value < 0 || share.value > 1 {
+			errs = append(errs, fmt.Errorf("%w: %s at %v of the pool: want 0 to 1", ErrInvalid, share.name, share.value))
+		}
+	}
+	if math.IsNaN(g.Overcommit) || g.Overcommit < 0 || g.Overcommit > maxOvercommit {
+		errs = append(errs, fmt.Errorf("%w: overcommit %v: want 0 to %d", ErrInvalid, g.Overcommit, maxOvercommit))
+	}
+	return errors.Join(errs...)
+}
+
+const maxOvercommit = 1 << 20
+
+// guardEvery is how often the use of the file system is looked at.
+const guardEvery = time.Second
+
+// guard is the state behind a Guard.
+type guard struct {
+	opts Guard
+	// left is how many bytes guests may still allocate until the next look: so
+	// however fast they write, they do not pass StopAt by more than others put
+	// there meanwhile.
+	left    atomic.Int64
+	refused atomic.Uint64 // writes
+
+	mu       sync.Mutex
+	promised int64 // virtual sizes of volumes that are being made or expanded, bytes; guarded by mu
+}
+
+// A Level says how full a pool is, in terms of its Guard.
+type Level int
+
+// The levels, each with all that is said of those before.
+const (
+	LevelOK     Level = iota
+	LevelWarn         // someone should look
+	LevelRefuse       // nothing new is made
+	LevelStop         // writes that need space get ENOSPC
+)
+
+// level returns how full c is.
+func (g Guard) level(c Capacity) Level {
+	used := float64(c.Total - c.Available)
+	level := LevelOK
+	for i, share := range []float64{g.WarnAt, g.RefuseAt, g.StopAt} {
+		if share > 0 && used >= share*float64(c.Total) {
+			level = Level(i + 1)
+		}
+	}
+	return level
+}
+
+// Level returns how full the pool is that has the capacity c.
+func (p *Pool) Level(c Capacity) Level { return p.guard.opts.level(c) }
+
+// Refused returns how many guest writes were refused for want of space.
+func (p *Pool) Refused() uint64 { return p.guard.refused.Load() }
+
+// Overcommit returns the bound of Guard.Overcommit, zero for none.
+func (p *Pool) Overcommit() float64 { return p.guard.opts.Overcommit }
+
+// Room returns how large a new volume may be, in a pool of capacity c.
+func (p *Pool) Room(c Capacity) int64 {
+	g := &p.guard
+	if g.opts.level(c) >= LevelRefuse {
+		return 0
+	}
+	if g.opts.Overcommit == 0 {
+		return c.Available
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return max(0, g.bound(c)-p.provisioned()-g.promised)
+}
+
+// bound returns how much may be promised in all, in bytes.
+func (g *guard) bound(c Capacity) int64 {
+	if bound := g.opts.Overcommit * float64(c.Total); bound < math.MaxInt64 {
+		return int64(bound)
+	}
+	return math.MaxInt64
+}
+
+// provisioned returns the virtual sizes of all volumes that users see, together.
+func (p *Pool) provisioned() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var sum int64
+	for _, e := range p.volumes {
+		if e.rec != nil && !e.rec.Deleted {
+			sum += e.rec.Size
+		}
+	}
+	return sum
+}
+
+// promise takes n bytes of what may be promised, or returns ErrNoSpace. The
+// caller calls kept when the volume is in the index, or will not be.
+func (p *Pool) promise(n int64) (kept func(), err error) {
+	g := &p.guard
+	if g.opts.Overcommit == 0 && g.opts.RefuseAt == 0 {
+		return func() {}, nil
+	}
+	c, err := p.Capacity()
+	if err != nil {
+		return nil, err
+	}
+	if g.opts.level(c) >= LevelRefuse {
+		return nil, fmt.Errorf("%w: %d of %d bytes are left, and the pool takes no new volumes from %g %% use on; free space or add some",
+			ErrNoSpace, c.Available, c.Total, 100*g.opts.RefuseAt)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.opts.Overcommit > 0 {
+		if room := g.bound(c) - p.provisioned() - g.promised; n > room {
+			return nil, fmt.Errorf("%w: %d bytes more would promise more than %g times the pool's %d bytes; there is room for %d",
+				ErrNoSpace, n, g.opts.Overcommit, c.Total, max(0, room))
+		}
+	}
+	g.promised += n
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.promised -= n
+	}), nil
+}
+
+// admit is asked before a guest's write allocates n bytes. See qcow2.Options.Admit.
+func (p *Pool) admit(n int64) error {
+	if p.guard.opts.StopAt == 0 || p.guard.left.Add(-n) >= 0 {
+		return nil
+	}
+	p.guard.refused.Add(1)
+	return fmt.Errorf("pool %q is more than %g %% full: %w", p.path, 100*p.guard.opts.StopAt, unix.ENOSPC)
+}
+
+// look sets what guests may allocate until the next look.
+func (p *Pool) look() error {
+	if p.guard.opts.StopAt == 0 {
+		return nil
+	}
+	c, err := p.Capacity()
+	if err != nil {
+		return err
+	}
+	p.guard.left.Store(int64(p.guard.opts.StopAt*float64(c.Total)) - (c.Total - c.Available))
+	return nil
+}
+
+// Watch looks at the use of the file system now and then, until ctx or the
+// pool ends. Without it the first look, at Open, decides for ever.
+func (p *Pool) Watch(ctx context.Context) {
+	if p.guard.opts.StopAt == 0 {
+		return
+	}
+	tick := time.NewTicker(guardEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.ctx.Done():
+			return
+		case <-tick.C:
+			// A file system that cannot be asked fails the writes itself.
+			_ = p.look()
+		}
+	}
+}

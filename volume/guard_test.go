@@ -1,0 +1,261 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// guarded opens a new pool with a guard.
+func guarded(t *testing.T, g Guard) *Pool {
+	t.Helper()
+	p, err := Open(t.Context(), t.TempDir(), Options{Guard: g})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return p
+}
+
+func capacityOf(t *testing.T, p *Pool) Capacity {
+	t.Helper()
+	c, err := p.Capacity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// sized asks for a volume of exactly n bytes.
+func sized(name string, n int64) CreateRequest {
+	return CreateRequest{Name: name, Size: SizeRange{Required: n}, Params: DefaultParams()}
+}
+
+// TestOvercommit: volumes are made until the bound, and not beyond, however
+// many are made at once; deleting one makes room again.
+func TestOvercommit(t *testing.T) {
+	const unit = 64 << 20
+	probe := guarded(t, Guard{})
+	total := capacityOf(t, probe).Total
+	p := guarded(t, Guard{Overcommit: 10.5 * unit / float64(total)})
+	var made, refused atomic.Int32
+	var all sync.WaitGroup
+	for i := range 20 {
+		all.Go(func() {
+			switch _, err := p.Create(context.Background(), sized(fmt.Sprint("v", i), unit)); {
+			case err == nil:
+				made.Add(1)
+			case errors.Is(err, ErrNoSpace):
+				refused.Add(1)
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	// At once: one that is in the index may still count as promised.
+	if made.Load() > 10 {
+		t.Fatalf("%d volumes were made, the bound is 10", made.Load())
+	}
+	for i := range 20 { // one after the other: up to the bound exactly
+		_, err := p.Create(t.Context(), sized(fmt.Sprint("v", i), unit))
+		if err != nil && !errors.Is(err, ErrNoSpace) {
+			t.Error(err)
+		}
+	}
+	ids := p.IDs()
+	if len(ids) != 10 {
+		t.Fatalf("there are %d volumes, the bound is 10", len(ids))
+	}
+	if room := p.Room(capacityOf(t, p)); room != unit/2 {
+		t.Errorf("there is room for %d bytes, want %d", room, unit/2)
+	}
+	if _, err := p.Expand(t.Context(), ids[0], SizeRange{Required: 2 * unit}); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("expand beyond the bound: %v", err)
+	}
+	if v, err := p.Expand(t.Context(), ids[0], SizeRange{Required: unit + unit/2}); err != nil || v.Size != unit+unit/2 {
+		t.Errorf("expand within the bound: %v, %v", v, err)
+	}
+	if err := p.Delete(t.Context(), ids[1]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Create(t.Context(), sized("again", unit)); err != nil {
+		t.Errorf("after a deletion: %v", err)
+	}
+}
+
+func TestFullPoolRefusesVolumes(t *testing.T) {
+	probe := guarded(t, Guard{})
+	c := capacityOf(t, probe)
+	used := float64(c.Total-c.Available) / float64(c.Total)
+	if used == 0 {
+		t.Fatal("the file system of the test's directory is empty to the last byte; use another TMPDIR")
+	}
+	p := guarded(t, Guard{RefuseAt: used / 2, WarnAt: used / 4})
+	c = capacityOf(t, p)
+	if _, err := p.Create(t.Context(), sized("v", 1<<20)); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("create in a full pool: %v", err)
+	}
+	if room := p.Room(c); room != 0 || p.Level(c) != LevelRefuse {
+		t.Errorf("room %d at level %d", room, p.Level(c))
+	}
+}
+
+// TestStop: writes that need space get ENOSPC, those in place go on, and
+// snapshots and volumes can be deleted. When there is space again all goes on.
+func TestStop(t *testing.T) {
+	p := guarded(t, Guard{StopAt: 1})
+	v, err := p.Create(t.Context(), sized("v", 64<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := p.Open(t.Context(), v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	data := make([]byte, 1<<20)
+	for i := range data {
+		data[i] = 7
+	}
+	if _, err := d.Image.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	p.guard.left.Store(1 << 20) // as after a look at an almost full pool
+	var written int64
+	for off := int64(8 << 20); off < 32<<20; off += 1 << 20 {
+		if _, err = d.Image.WriteAt(data, off); err != nil {
+			break
+		}
+		written += 1 << 20
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("after %d bytes: %v: want ENOSPC", written, err)
+	}
+	if written > 1<<20 {
+		t.Errorf("%d bytes were allocated, 1 MiB was left", written)
+	}
+	if _, err := d.Image.WriteAt(data, 0); err != nil {
+		t.Errorf("write in place: %v", err)
+	}
+	if err := d.Image.Flush(); err != nil {
+		t.Errorf("flush: %v", err)
+	}
+	if p.Refused() == 0 {
+		t.Error("no refusal was counted")
+	}
+	snap, err := p.CreateSnapshot(t.Context(), "s", v.ID)
+	if err != nil {
+		t.Fatalf("snapshot: %v", err)
+	}
+	if _, err := d.Image.WriteAt(data, 0); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("a write that must copy: %v", err)
+	}
+	if err := p.DeleteSnapshot(t.Context(), snap.ID); err != nil {
+		t.Errorf("delete the snapshot: %v", err)
+	}
+	if err := p.look(); err != nil { // the real file system has room
+		t.Fatal(err)
+	}
+	if _, err := d.Image.WriteAt(data, 16<<20); err != nil {
+		t.Errorf("with room again: %v", err)
+	}
+	got := make([]byte, 1<<20)
+	if _, err := d.Image.ReadAt(got, 16<<20); err != nil || string(got) != string(data) {
+		t.Errorf("read back: %v", err)
+	}
+	if err := d.Image.Flush(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWatch: the watcher notices that there is room again.
+func TestWatch(t *testing.T) {
+	p := guarded(t, Guard{StopAt: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { p.Watch(ctx); close(done) }() // ends with ctx
+	p.guard.left.Store(-1)
+	for deadline := time.Now().Add(time.Minute); p.guard.left.Load() <= 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the watcher has not looked in a minute")
+		}
+	}
+	cancel()
+	<-done
+}
+
+func TestGuardIsChecked(t *testing.T) {
+	for _, g := range []Guard{{WarnAt: -0.1}, {RefuseAt: 1.1}, {StopAt: math.NaN()}, {Overcommit: -1}, {Overcommit: math.Inf(1)}} {
+		if err := g.Validate(); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%+v: %v", g, err)
+		}
+		if _, err := Open(t.Context(), t.TempDir(), Options{Guard: g}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("open with %+v: %v", g, err)
+		}
+	}
+	c := Capacity{Total: 100, Available: 10}
+	for g, want := range map[Guard]Level{
+		{}:            LevelOK,
+		{WarnAt: 0.9}: LevelWarn,
+		{WarnAt: 0.5, RefuseAt: 0.91, StopAt: 0.95}: LevelWarn,
+		{WarnAt: 0.5, RefuseAt: 0.8, StopAt: 0.95}:  LevelRefuse,
+		{WarnAt: 0.5, RefuseAt: 0.8, StopAt: 0.9}:   LevelStop,
+		{StopAt: 0.1}: LevelStop,
+	} {
+		if got := g.level(c); got != want {
+			t.Errorf("%+v: level %d, want %d", g, got, want)
+		}
+	}
+}
+
+func TestSpace(t *testing.T) {
+	p := guarded(t, Guard{})
+	v, err := p.Create(t.Context(), sized("v", 64<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := p.Open(t.Context(), v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	data := make([]byte, 4<<20)
+	for i := range data {
+		data[i] = 7
+	}
+	if _, err := d.Image.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Image.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.CreateSnapshot(t.Context(), "s", v.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Create(t.Context(), CreateRequest{Name: "clone", Params: DefaultParams(), Source: Source{Volume: v.ID}}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := p.Space()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Provisioned != 128<<20 || s.Snapshots != 1 || len(s.Volumes) != 2 || s.Tombstones != 0 {
+		t.Errorf("%+v", s)
+	}
+	for _, v := range s.Volumes {
+		if large := v.Allocated >= 4<<20; large != v.Source.Empty() || v.Allocated <= 0 {
+			t.Errorf("volume %s takes %d bytes", v.Name, v.Allocated)
+		}
+	}
+}
