@@ -154,6 +154,8 @@ func (k *kernel) usedLocked(d *fakeDevice) bool {
 
 func (d *fakeDevice) Leave() {}
 
+func (d *fakeDevice) Survives() error { return nil }
+
 func (d *fakeDevice) Health() error {
 	d.k.mu.Lock()
 	defer d.k.mu.Unlock()

@@ -15,6 +15,7 @@ import (
 const (
 	reasonDeviceLost    = "DeviceLost"      // the device has no server; staging again repairs it
 	reasonReturning     = "DeviceReturning" // the node process was restarted and is taking the device over
+	reasonUnheld        = "DeviceUnheld"    // the device would be lost with the node process
 	reasonRecordDamaged = "RecordDamaged"   // a record or header of the volume does not decode
 	reasonImageCorrupt  = "ImageCorrupt"    // a structure of the image contradicts itself
 	reasonImageFailed   = "ImageFailed"     // the image could not be opened, written or closed
@@ -60,6 +61,11 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 				e.Status, e.Reason = csi.VolumeHealthErrorType_DEGRADED, reasonReturning
 			}
 			h.HealthStatuses = append(h.HealthStatuses, e)
+		} else if mortal := v.device.Survives(); mortal != nil {
+			h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+				Status: csi.VolumeHealthErrorType_DEGRADED, Reason: reasonUnheld,
+				Message: fmt.Sprintf("device %s would be lost with the node process: %v", v.hint.Device, mortal),
+			})
 		}
 	}
 	return h, nil

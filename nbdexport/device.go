@@ -94,6 +94,10 @@ type Device interface {
 	// that ends; after it no other method but Path may be called.
 	Leave()
 
+	// Survives is nil while the device would outlive this process: requests would wait for the next one.
+	// Otherwise it says why they would fail.
+	Survives() error
+
 	// Health is nil while requests can be served: the kernel device exists, is ours, and its server
 	// is connected. It looks at sysfs and asks the driver, never at the device's data, so it never
 	// hangs.

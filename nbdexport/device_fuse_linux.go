@@ -47,6 +47,13 @@ func (d *fuseDevice) Health() error {
 	return nil
 }
 
+func (d *fuseDevice) Survives() error {
+	if d.driver.holder == nil {
+		return errors.New("nbdexport: no holder is used")
+	}
+	return d.driver.holder.Err()
+}
+
 func (d *fuseDevice) Resize(ctx context.Context, size int64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

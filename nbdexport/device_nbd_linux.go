@@ -77,6 +77,9 @@ func (d *nbdDevice) stop() {
 	<-d.done
 }
 
+// Survives is nil: the kernel keeps an nbd device.
+func (d *nbdDevice) Survives() error { return nil }
+
 func (d *nbdDevice) Leave() {
 	d.stop()
 	d.driver.forget(d)
