@@ -30,7 +30,6 @@ const (
 	classDefault = "csi-qcow2"
 	classXFS     = "xfs"
 	classSmall   = "small"
-	classFuller  = "fuller"
 )
 
 // deadline is for one step of a test on a slow and loaded machine.

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -29,28 +28,35 @@ func restart(t *testing.T, daemon string) {
 	}
 }
 
-// agentPID returns the process of the node agent.
-func agentPID(t *testing.T) int {
+// kill kills the processes of the node that match; there must be one.
+func kill(t *testing.T, what string, match func(cmdline []string, cgroup string) bool) {
 	t.Helper()
 	names, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		t.Fatal(err)
 	}
+	killed := 0
 	for _, name := range names {
 		line, err := os.ReadFile(name)
+		if err != nil || len(line) == 0 {
+			continue // it ended, or is the kernel's
+		}
+		cgroup, err := os.ReadFile(filepath.Join(filepath.Dir(name), "cgroup"))
+		if err != nil || !match(strings.Split(string(line), "\x00"), string(cgroup)) {
+			continue
+		}
+		pid, err := strconv.Atoi(strings.Split(name, "/")[2])
 		if err != nil {
-			continue // it ended
+			t.Fatal(err)
 		}
-		if bytes.HasPrefix(line, []byte("/bin/csi-qcow2\x00node\x00")) {
-			pid, err := strconv.Atoi(strings.Split(name, "/")[2])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return pid
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
 		}
+		killed++
 	}
-	t.Fatal("the node agent does not run")
-	return 0
+	if killed == 0 {
+		t.Fatalf("no process to kill: %s", what)
+	}
 }
 
 // killAgent kills the node agent and waits until the kubelet has started the
@@ -58,12 +64,34 @@ func agentPID(t *testing.T) int {
 func killAgent(t *testing.T) {
 	t.Helper()
 	before := agentRestarts(t)
-	if err := syscall.Kill(agentPID(t), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, "the node agent", func(cmdline []string, _ string) bool {
+		return cmdline[0] == "/bin/csi-qcow2" && cmdline[1] == "node"
+	})
 	eventually(t, "restart of the node agent", func(ctx context.Context) error {
 		if n := agentRestarts(t); n == before {
 			return fmt.Errorf("the agent was restarted %d times, as before", n)
+		}
+		return agentReady(ctx)
+	})
+}
+
+// replaceAgent deletes the agent's pod and waits until the next one serves.
+func replaceAgent(t *testing.T) {
+	t.Helper()
+	old, err := agentPod(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.CoreV1().Pods(driverNamespace).Delete(t.Context(), old.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "next pod of the node agent", func(ctx context.Context) error {
+		next, err := agentPod(ctx)
+		if err != nil {
+			return err
+		}
+		if next.UID == old.UID {
+			return fmt.Errorf("pod %s is still there", old.Name)
 		}
 		return agentReady(ctx)
 	})
@@ -86,6 +114,9 @@ func agentReady(ctx context.Context) error {
 	p, err := agentPod(ctx)
 	if err != nil {
 		return err
+	}
+	if len(p.Status.ContainerStatuses) != len(p.Spec.Containers) {
+		return fmt.Errorf("pod %s has no status yet", p.Name)
 	}
 	for _, c := range p.Status.ContainerStatuses {
 		if !c.Ready {

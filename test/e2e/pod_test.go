@@ -128,6 +128,26 @@ func (s *space) restarts(name string) int32 {
 	return p.Status.ContainerStatuses[0].RestartCount
 }
 
+// uid returns the pod's UID, which its processes' control groups have in their names.
+func (s *space) uid(name string) string {
+	s.t.Helper()
+	p, err := client.CoreV1().Pods(s.name).Get(s.t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return string(p.UID)
+}
+
+// lastLine returns the number on the last line of the pod's output.
+func (s *space) lastLine(ctx context.Context, pod string) (int64, error) {
+	one := int64(1)
+	out, err := client.CoreV1().Pods(s.name).GetLogs(pod, &corev1.PodLogOptions{TailLines: &one}).DoRaw(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(strings.TrimSpace(string(out)), 10, 64)
+}
+
 // sh runs a script in a pod and returns what it printed.
 func (s *space) sh(pod, script string) string {
 	s.t.Helper()

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -65,6 +66,10 @@ func TestSnapshotUnderLoad(t *testing.T) {
 	s.claim("source", "128Mi")
 	s.start("writer", s.withClaim("source"), command(
 		"cd /data; i=0; while :; do i=$((i+1)); echo $i >>a; sync a; echo $i >>b; sync b; done"))
+	eventually(t, "first lines", func(context.Context) error {
+		_, err := s.try("writer", "test -s /data/b")
+		return err
+	})
 	var names []string
 	for i := range 5 {
 		names = append(names, fmt.Sprintf("taken-%d", i))
