@@ -27,17 +27,18 @@ type File interface {
 // errnoOf is the error number of a File's error, EIO when it has none that the
 // kernel's block layer tells apart.
 func errnoOf(err error) syscall.Errno {
-	var errno syscall.Errno
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0
-	case errors.As(err, &errno):
-		switch errno {
-		case unix.ENOSPC, unix.EDQUOT:
-			return unix.ENOSPC
-		case unix.EROFS, unix.EPERM, unix.ENOMEM, unix.EOPNOTSUPP, unix.EINVAL:
-			return errno
-		}
+	}
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return unix.EIO
+	}
+	switch errno {
+	case unix.ENOSPC, unix.EDQUOT:
+		return unix.ENOSPC
+	case unix.EROFS, unix.EPERM, unix.ENOMEM, unix.EOPNOTSUPP, unix.EINVAL:
+		return errno
 	}
 	return unix.EIO
 }
