@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"path"
@@ -88,14 +89,18 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 	if err != nil {
 		return nil, err
 	}
-	// The mark is durable before the first byte of the image can change.
-	if !unclean {
-		if err := p.updateRecord(e, func(r *volumeRecord) { r.Open = true }); err != nil {
+	// The mark is durable before the first byte of the image can change. With
+	// it goes a generation, unless this is a takeover: tables that any other
+	// process has in its arena are not for the image as it becomes now.
+	generation := rec.Generation
+	if !unclean || !p.leftOf(imageID(id, generation)) {
+		generation++
+		if err := p.updateRecord(e, func(r *volumeRecord) { r.Open, r.Generation = true, generation }); err != nil {
 			return nil, errors.Join(err, file.Close())
 		}
 	}
 	im, err := qcow2.Open(ctx, file, qcow2.Options{
-		Cache: p.opts.Cache, ID: imageID(id), Unclean: unclean,
+		Cache: p.opts.Cache, ID: imageID(id, generation), Unclean: unclean,
 		OpenBacking: p.openBacking, PassDiscard: rec.Params.Discard, ReclaimAfter: reclaimAfter, Admit: p.admit,
 	})
 	if err != nil {
@@ -119,10 +124,21 @@ func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err er
 // reclaimAfter is how long space that a guest discarded waits for its next flush.
 const reclaimAfter = time.Second
 
-// imageID returns the identity of the image of the volume id in the cache.
-func imageID(id string) [16]byte {
-	sum := sha256.Sum256([]byte(id))
+// imageID returns the identity, in the cache, of the image of the volume id in
+// one generation.
+func imageID(id string, generation uint64) [16]byte {
+	sum := sha256.Sum256(binary.LittleEndian.AppendUint64([]byte(id), generation))
 	return [16]byte(sum[:16])
+}
+
+// leftOf reports whether the cache has something that a killed predecessor left
+// of an image.
+func (p *Pool) leftOf(image [16]byte) bool {
+	if p.opts.Cache == nil {
+		return false
+	}
+	tables, failed := p.opts.Cache.Left(image)
+	return tables > 0 || failed
 }
 
 // shutImage closes an image that its last user has let go of. Only a close

@@ -57,9 +57,10 @@ type volumeRecord struct {
 	Created    time.Time  `json:"created"`
 	Filesystem Filesystem `json:"filesystem"`
 	Copy       Copy       `json:"copy,omitzero"`
-	Revert     string     `json:"revert,omitempty"`  // ID of the snapshot that the volume is being reverted to
-	Open       bool       `json:"open,omitempty"`    // the image is open read-write, or its last user died
-	Deleted    bool       `json:"deleted,omitempty"` // tombstone
+	Revert     string     `json:"revert,omitempty"`     // ID of the snapshot that the volume is being reverted to
+	Open       bool       `json:"open,omitempty"`       // the image is open read-write, or its last user died
+	Generation uint64     `json:"generation,omitempty"` // grows whenever the image is opened with nothing left of its last user
+	Deleted    bool       `json:"deleted,omitempty"`    // tombstone
 }
 
 // A Copy says how far a volume of CloneCopy has come. A crash may make it say

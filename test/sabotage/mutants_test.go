@@ -281,6 +281,20 @@ var mutants = []mutant{
 		pkg:  "qcow2", run: "TestLeakBeyondTheEnd",
 	},
 	{
+		name: "an arena of an earlier attachment is used",
+		file: "volume/image.go",
+		old:  "		generation++\n",
+		new:  "",
+		pkg:  "volume", run: "TestStaleArenaIsNotUsed",
+	},
+	{
+		name: "a restart makes a failed image a healthy one",
+		file: "qcow2/takeover.go",
+		old:  "		im.handle.Fail(errPredecessorFailed)\n",
+		new:  "",
+		pkg:  "volume", run: "TestFailureAfterKill",
+	},
+	{
 		name: "FUA is answered before it is durable",
 		file: "nbdexport/handle.go",
 		old:  "	if err == nil && r.flags&flagFUA != 0 && r.modifies() {",
