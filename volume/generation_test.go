@@ -60,10 +60,10 @@ func (n *node) open(id string) *Disk {
 	return d
 }
 
-func content(t *testing.T, d *Disk) byte {
+func content(t *testing.T, d *Disk, off int64) byte {
 	t.Helper()
 	p := make([]byte, 256<<10)
-	if _, err := d.Image.ReadAt(p, 0); err != nil {
+	if _, err := d.Image.ReadAt(p, off); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(p, bytes.Repeat(p[:1], len(p))) {
@@ -72,9 +72,9 @@ func content(t *testing.T, d *Disk) byte {
 	return p[0]
 }
 
-func fillWith(t *testing.T, d *Disk, b byte) {
+func fillWith(t *testing.T, d *Disk, b byte, off int64) {
 	t.Helper()
-	if _, err := d.Image.WriteAt(bytes.Repeat([]byte{b}, 256<<10), 0); err != nil {
+	if _, err := d.Image.WriteAt(bytes.Repeat([]byte{b}, 256<<10), off); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -85,7 +85,7 @@ func fillWith(t *testing.T, d *Disk, b byte) {
 func TestStaleArenaIsNotUsed(t *testing.T) {
 	first := startNode(t, memoryDir(t), Options{})
 	v := create(t, first.pool, "pvc", Source{})
-	fillWith(t, first.open(v.ID), 1)
+	fillWith(t, first.open(v.ID), 1, 0)
 	_, oldArena := recoverPaths(first.killed())
 
 	second := first.killed()
@@ -95,7 +95,8 @@ func TestStaleArenaIsNotUsed(t *testing.T) {
 	}
 	other := startNode(t, second, Options{})
 	d := other.open(v.ID)
-	fillWith(t, d, 2)
+	fillWith(t, d, 2, 0)
+	fillWith(t, d, 3, 4<<20) // in clusters of which the first node does not know
 	if err := d.Image.Flush(); err != nil {
 		t.Fatal(err)
 	}
@@ -110,8 +111,9 @@ func TestStaleArenaIsNotUsed(t *testing.T) {
 		t.Fatalf("%d images wait in the old arena, want 1", n)
 	}
 	again.pool.Recover(t.Context())
-	if got := content(t, again.open(v.ID)); got != 2 {
-		t.Errorf("the volume holds %d, want 2", got)
+	d = again.open(v.ID)
+	if a, b := content(t, d, 0), content(t, d, 4<<20); a != 2 || b != 3 {
+		t.Errorf("the volume holds %d and %d, want 2 and 3", a, b)
 	}
 	for _, u := range again.cache.Unclaimed() {
 		if again.pool.Owns(u.ID) {
@@ -143,11 +145,11 @@ func TestFailureAfterKill(t *testing.T) {
 	n := startNode(t, memoryDir(t), Options{wrapFile: func(f qcow2.File) qcow2.File { return brokenFile{f, &broken} }})
 	v := create(t, n.pool, "pvc", Source{})
 	d := n.open(v.ID)
-	fillWith(t, d, 1)
+	fillWith(t, d, 1, 0)
 	if err := d.Image.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	fillWith(t, d, 2)
+	fillWith(t, d, 2, 0)
 	broken.Store(true)
 	if err := d.Image.Flush(); !errors.Is(err, syscall.EIO) {
 		t.Fatalf("Flush: %v, want EIO", err)
@@ -170,7 +172,7 @@ func TestFailureAfterKill(t *testing.T) {
 			next.pool.Recover(t.Context())
 		}
 		d := next.open(v.ID)
-		fillWith(t, d, 3)
+		fillWith(t, d, 3, 0)
 		if err := d.Image.Flush(); err != nil {
 			t.Errorf("taken over %v: Flush after all was closed: %v", takenOver, err)
 		}
