@@ -51,12 +51,27 @@ func thisMachine(ctx context.Context) (machine, error) {
 		m.Versions = append(m.Versions, first)
 	}
 	m.Versions = append(m.Versions, runtime.Version())
-	out, err := exec.CommandContext(ctx, "git", "rev-parse", "--short", "HEAD").Output()
+	var err error
+	m.Revision, err = revision(ctx)
+	return m, err
+}
+
+// revision names the commit that is measured, and says so when the tree differs
+// from it. What bench writes itself does not count.
+func revision(ctx context.Context) (string, error) {
+	head, err := exec.CommandContext(ctx, "git", "rev-parse", "--short", "HEAD").Output()
 	if err != nil {
-		return m, fmt.Errorf("git rev-parse: %w", err)
+		return "", fmt.Errorf("git rev-parse: %w", err)
 	}
-	m.Revision = strings.TrimSpace(string(out))
-	return m, nil
+	changed, err := exec.CommandContext(ctx, "git", "status", "--porcelain", "--", ":/", ":(exclude,top)bench").Output()
+	if err != nil {
+		return "", fmt.Errorf("git status: %w", err)
+	}
+	name := strings.TrimSpace(string(head))
+	if len(changed) > 0 {
+		name += "-changed"
+	}
+	return name, nil
 }
 
 // same reports whether m and o may stand in one table.

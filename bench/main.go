@@ -32,7 +32,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.run, "run", "", "run the lines whose name matches this `REGEXP`")
 	flag.IntVar(&o.pairs, "pairs", 5, "rounds of each line")
-	flag.DurationVar(&o.time, "time", 1200*time.Millisecond, "how long one load runs")
+	flag.DurationVar(&o.time, "time", time.Second, "how long one load runs")
 	flag.StringVar(&o.dir, "dir", "/dev/shm", "where images are made: a tmpfs with room for 8 GiB")
 	flag.StringVar(&o.disk, "disk", "/var/tmp", "the same for the lines that want a disk")
 	flag.StringVar(&o.out, "out", "bench", "where results are kept")
