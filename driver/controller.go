@@ -289,8 +289,9 @@ func page[T any](p pools, token string, limit int, list func(*volume.Pool, strin
 	return all, "", nil
 }
 
-// GetCapacity implements csi.ControllerServer. Volumes are thin: what is
-// available bounds what can be written, not what can be promised.
+// GetCapacity implements csi.ControllerServer. Volumes are thin: without an
+// over-commit bound, what is available bounds what can be written, not what can
+// be promised.
 func (s controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
 	if len(req.GetVolumeCapabilities()) > 0 {
 		if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
@@ -308,7 +309,7 @@ func (s controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacityR
 	if err != nil {
 		return nil, err
 	}
-	return &csi.GetCapacityResponse{AvailableCapacity: c.Available, MinimumVolumeSize: wrapperspb.Int64(volume.MinSize)}, nil
+	return &csi.GetCapacityResponse{AvailableCapacity: pool.Room(c), MinimumVolumeSize: wrapperspb.Int64(volume.MinSize)}, nil
 }
 
 // ControllerExpandVolume implements csi.ControllerServer. It grows the image,

@@ -75,6 +75,10 @@ type Driver struct {
 	probes probes
 	work   sync.WaitGroup // detached changes
 
+	metrics *metrics
+	meters  sync.Map // *meter.Meter of staged volumes, by volume ID
+	usages  sync.Map // qcow2.Usage of staged volumes, by volume ID; see SampleUsage
+
 	returning []returning // until Restore
 
 	mu     sync.Mutex
@@ -98,7 +102,7 @@ func New(ctx context.Context, o Options) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("driver: run directory: %w", err)
 	}
-	d := &Driver{opts: o, pools: pools, runDir: dir, staged: make(map[string]*stagedVolume)}
+	d := &Driver{opts: o, pools: pools, runDir: dir, staged: make(map[string]*stagedVolume), metrics: newMetrics()}
 	if err := d.recall(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("driver: %w", err), dir.Close())
 	}

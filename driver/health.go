@@ -24,6 +24,12 @@ const (
 	reasonUnprotected   = "ProcessUnprotected" // the node process may hang when memory is short
 )
 
+// consequence says what a pool's level means to its volumes.
+var consequence = map[volume.Level]string{
+	volume.LevelRefuse: "; it takes no new volumes",
+	volume.LevelStop:   "; writes that need space get ENOSPC",
+}
+
 // poolLowPercent is the share of a pool's space below which it counts as degraded.
 const poolLowPercent = 5
 
@@ -50,6 +56,12 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 	h := &csi.VolumeHealth{VolumeId: id}
 	if problem != nil {
 		h.HealthStatuses = append(h.HealthStatuses, imageHealth(problem))
+	}
+	if pool.Stopped() {
+		h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+			Status: csi.VolumeHealthErrorType_DEGRADED, Reason: reasonPoolFull,
+			Message: fmt.Sprintf("pool %q is full: writes that need space get ENOSPC until some is freed", pool.Path()),
+		})
 	}
 	if v := d.stagedVolume(id); v != nil {
 		if loss := d.lossOf(v); loss != nil {
@@ -142,10 +154,10 @@ func (s nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStor
 			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
 				Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: reasonPoolUnread,
 				Message: fmt.Sprintf("pool %q: %v", pool.Path(), err)})
-		case c.Available < c.Total/100*poolLowPercent:
+		case c.Available < c.Total/100*poolLowPercent || pool.Level(c) > volume.LevelOK:
 			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
 				Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: reasonPoolFull,
-				Message: fmt.Sprintf("pool %q has %d of %d bytes left", pool.Path(), c.Available, c.Total)})
+				Message: fmt.Sprintf("pool %q has %d of %d bytes left%s", pool.Path(), c.Available, c.Total, consequence[pool.Level(c)])})
 		}
 	}
 	return resp, nil

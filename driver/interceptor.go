@@ -15,10 +15,10 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// The interceptors of every RPC, outermost first: log sees the status that
-// leaves, toStatus sees every error, recover turns a panic into one.
+// The interceptors of every RPC, outermost first: count and log see the status
+// that leaves, toStatus sees every error, recover turns a panic into one.
 func (d *Driver) interceptors() grpc.ServerOption {
-	return grpc.ChainUnaryInterceptor(LogCalls, makeStatus, d.calls.admit, recoverPanics, checkLimits)
+	return grpc.ChainUnaryInterceptor(d.metrics.count, LogCalls, makeStatus, d.calls.admit, recoverPanics, checkLimits)
 }
 
 // LogCalls logs each RPC with its secrets stripped, and its result.

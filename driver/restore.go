@@ -138,7 +138,7 @@ func (d *Driver) reattach(ctx context.Context, v *stagedVolume) (_ *stagedVolume
 	if err != nil {
 		return nil, err
 	}
-	backend, options := exported(disk, vol, &v.hint)
+	backend, options := d.exported(disk, vol, &v.hint)
 	device, err := d.opts.Attacher.Reattach(ctx, backend, options)
 	if err != nil {
 		if errors.Is(err, nbdexport.ErrDeviceGone) {

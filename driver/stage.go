@@ -12,6 +12,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"csi-qcow2/internal/imagebackend"
+	"csi-qcow2/internal/meter"
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/volume"
 )
@@ -95,7 +96,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(v); err != nil { // before the kernel knows of it
 		return nil, errors.Join(err, disk.Close())
 	}
-	backend, options := exported(disk, vol, &want)
+	backend, options := d.exported(disk, vol, &want)
 	device, err := d.opts.Attacher.Attach(ctx, backend, options)
 	if err != nil {
 		return nil, errors.Join(err, disk.Close(), d.forget(want.Volume))
@@ -112,8 +113,9 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 
 // exported returns what a device is made of: the same for the process that attaches it and for one that
 // reattaches it.
-func exported(disk *volume.Disk, vol volume.Volume, h *stageHint) (nbdexport.Backend, nbdexport.DeviceOptions) {
-	return imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO}),
+func (d *Driver) exported(disk *volume.Disk, vol volume.Volume, h *stageHint) (nbdexport.Backend, nbdexport.DeviceOptions) {
+	backend := imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO})
+	return meter.NewBackend(backend, d.meterOf(h.Volume)),
 		nbdexport.DeviceOptions{ID: h.deviceID(), ReadOnly: h.Block && h.readOnly(), Discard: vol.Params.Discard}
 }
 

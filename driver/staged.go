@@ -113,6 +113,8 @@ func (d *Driver) forget(id string) error {
 	d.mu.Lock()
 	delete(d.staged, id)
 	d.mu.Unlock()
+	d.meters.Delete(id)
+	d.usages.Delete(id)
 	return nil
 }
 

@@ -89,6 +89,10 @@ func (g Guard) level(c Capacity) Level {
 // Level returns how full the pool is that has the capacity c.
 func (p *Pool) Level(c Capacity) Level { return p.guard.opts.level(c) }
 
+// Stopped reports whether guest writes that need space get ENOSPC, as far as
+// the last look and the writes since tell.
+func (p *Pool) Stopped() bool { return p.guard.opts.StopAt > 0 && p.guard.left.Load() <= 0 }
+
 // Refused returns how many guest writes were refused for want of space.
 func (p *Pool) Refused() uint64 { return p.guard.refused.Load() }
 

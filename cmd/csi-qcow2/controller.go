@@ -86,9 +86,10 @@ func runController(ctx context.Context, f controllerFlags) (err error) {
 		lead.Repeat(background, "load certificate", lead.Task{Every: certificatesEvery, Do: certificates.Load})
 	})
 
+	observed := router.NewMetrics()
 	r, err := router.New(router.Options{
 		Name: f.driverName, Version: version, Agents: agents, Port: f.nodePort,
-		TLS: pki.ClientConfig(certificates.Own, pki.Node),
+		TLS: pki.ClientConfig(certificates.Own, pki.Node), Observe: observed.Observe,
 	})
 	if err != nil {
 		return err
@@ -102,6 +103,14 @@ func runController(ctx context.Context, f controllerFlags) (err error) {
 	election := lead.Options{Client: client, Namespace: f.namespace, Lease: f.lease, Identity: f.identity, Tasks: tasks}
 	led := make(chan error, 1)
 	workers.Go(func() { led <- lead.Run(background, election) })
+
+	if f.metrics != "" {
+		workers.Go(func() {
+			lead.Repeat(background, "serve metrics", lead.Task{Every: time.Hour, Do: func(ctx context.Context) error {
+				return serveMetrics(ctx, f.metrics, observed)
+			}})
+		})
+	}
 
 	path, err := driver.ParseEndpoint(f.endpoint)
 	if err != nil {

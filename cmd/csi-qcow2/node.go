@@ -73,7 +73,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 	}()
 	for _, p := range f.pools {
 		err := waitFor(ctx, predecessorWait, volume.ErrPoolInUse, func() error {
-			pool, err := volume.Open(ctx, p.dir, volume.Options{Cache: tables.Cache})
+			pool, err := volume.Open(ctx, p.dir, volume.Options{Guard: f.guard.guard(), Cache: tables.Cache})
 			if err == nil {
 				pools[p.name] = pool
 			}
@@ -155,6 +155,10 @@ func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool, 
 	defer workers.Wait()
 	defer stop()
 	workers.Go(func() { attacher.Run(background) })
+	workers.Go(func() { d.SampleUsage(background) })
+	for _, pool := range pools {
+		workers.Go(func() { pool.Watch(background) })
+	}
 	workers.Go(func() {
 		d.Restore(background)
 		runPools(background, pools, tables.Cache)

@@ -29,6 +29,7 @@ type nodeFlags struct {
 	drain       time.Duration
 	deadConn    time.Duration
 	startHolder bool
+	guard       guardFlags
 	servers     serverFlags
 	log         logFlags
 }
@@ -90,6 +91,7 @@ func defaultNodeFlags() nodeFlags {
 		drain:       defaultDrain,
 		deadConn:    defaultDeadConn,
 		startHolder: true,
+		guard:       defaultGuardFlags(),
 		log:         defaultLogFlags(),
 	}
 }
@@ -107,6 +109,7 @@ func (f *nodeFlags) add(flags *pflag.FlagSet) {
 	flags.DurationVar(&f.drain, "drain-timeout", f.drain, "how long running calls may take to finish after SIGTERM")
 	flags.BoolVar(&f.startHolder, "start-holder", f.startHolder, "start csi-qcow2 holder for fuse devices when none answers; false where one runs in a container of its own")
 	flags.DurationVar(&f.deadConn, "dead-connection-timeout", f.deadConn, "how long requests for an nbd device wait while no process serves it, before they fail: the time that a restart may take")
+	f.guard.add(flags)
 	f.servers.add(flags)
 	f.log.add(flags)
 }
@@ -161,5 +164,5 @@ func (f *nodeFlags) validate() error {
 	if f.deadConn < time.Second || f.deadConn > 24*time.Hour || f.deadConn%time.Second != 0 {
 		fail("--dead-connection-timeout %s: want whole seconds, 1s to 24h", f.deadConn)
 	}
-	return errors.Join(append(errs, f.servers.validate(), f.log.validate())...)
+	return errors.Join(append(errs, f.guard.guard().Validate(), f.servers.validate(), f.log.validate())...)
 }

@@ -20,13 +20,15 @@ const defaultRemotePort = 9810
 
 // serverFlags are the flags of what a node agent serves beside its socket.
 type serverFlags struct {
-	remote string
-	tlsDir string
+	remote  string
+	tlsDir  string
+	metrics string
 }
 
 func (f *serverFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.remote, "remote-address", "", fmt.Sprintf("TCP address to serve the controller of a cluster on, such as :%d, over mutual TLS; empty for none", defaultRemotePort))
 	flags.StringVar(&f.tlsDir, "tls-dir", "", "directory with tls.crt, tls.key and ca.crt for --remote-address; it is read at every handshake")
+	flags.StringVar(&f.metrics, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
 }
 
 func (f *serverFlags) validate() error {
@@ -34,7 +36,7 @@ func (f *serverFlags) validate() error {
 	if (f.remote == "") != (f.tlsDir == "") {
 		errs = append(errs, errors.New("--remote-address and --tls-dir: want both or neither"))
 	}
-	return errors.Join(append(errs, checkAddress("--remote-address", f.remote))...)
+	return errors.Join(append(errs, checkAddress("--remote-address", f.remote), checkAddress("--metrics-address", f.metrics))...)
 }
 
 // checkAddress refuses what is no address to listen on.
@@ -76,6 +78,9 @@ func (f *serverFlags) serve(ctx context.Context, d *driver.Driver, l net.Listene
 		start(func() error {
 			return d.ServeRemote(ctx, remote, pki.ServerConfig(pki.Files(f.tlsDir), pki.Controller), drain)
 		})
+	}
+	if f.metrics != "" {
+		start(func() error { return serveMetrics(ctx, f.metrics, d.Metrics()) })
 	}
 	start(func() error { return d.Serve(ctx, l, drain) })
 	all.Wait()
