@@ -10,11 +10,12 @@
 //	Controller   CreateVolume, DeleteVolume, ValidateVolumeCapabilities, ListVolumes, GetCapacity,
 //	             CreateSnapshot, DeleteSnapshot, ListSnapshots, ControllerExpandVolume;
 //	             alpha: GetSnapshot, ControllerGetVolume, ControllerGetVolumeHealth, ControllerListVolumeHealth
+//	Group        CreateVolumeGroupSnapshot, DeleteVolumeGroupSnapshot, GetVolumeGroupSnapshot
 //	Node         all GA; alpha: NodeGetVolumeHealth, NodeGetStorageHealth
 //	Publish      not needed on the controller: a volume lives on its node
 //	Access       SINGLE_NODE_WRITER, SINGLE_NODE_READER_ONLY, SINGLE_NODE_SINGLE_WRITER, SINGLE_NODE_MULTI_WRITER
 //	Filesystems  ext4 (default), xfs
-//	Not offered  GroupController, SnapshotMetadata, ControllerModifyVolume: answered UNIMPLEMENTED
+//	Not offered  SnapshotMetadata, ControllerModifyVolume: answered UNIMPLEMENTED
 //
 // # Terms
 //
@@ -34,6 +35,9 @@
 //	  the locks of packages volume and nbdexport
 //
 // # Durability / Failure
+//
+// A snapshot of a mounted filesystem, and the clone of one, is cut while the
+// filesystem is frozen: at most 30 s, and thawed whatever happens (see freeze.go).
 //
 // Each step of stage, publish, unpublish and unstage compares what is with what
 // shall be: an RPC can be repeated, by this process or the next. A failed stage

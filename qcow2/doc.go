@@ -14,6 +14,7 @@
 //	Backing chains          qcow2, raw, or any Disk that a BackingOpener returns; shorter and longer ones
 //	Internal snapshots      create (also of several images at once), delete, apply, open read-only; VM state is kept, not read
 //	Lazy refcounts          the flag is kept; refcounts are written in time all the same
+//	Flatten                 while guests use the image: Populate and DropBacking
 //	Resize                  up; a version 2 image only without snapshots
 //	Dirty bit               set during snapshot operations; images that have it are repaired when they are opened
 //	Corrupt bit             read-only; CheckFile repairs

@@ -10,6 +10,7 @@
 //	                           volume.json      record: name, size, parameters, source, state
 //	                           snapshots/<snapshot ID>.json
 //	                           views/<snapshot ID>.qcow2
+//	<pool>/groups/<group ID>.json               record of a group snapshot
 //
 // # Support
 //
@@ -17,6 +18,12 @@
 //	Snapshot            an internal snapshot of that image, named by its snapshot ID
 //	Restore, clone      an overlay over a view (see view.go); the source stays attached and flat
 //	Clone of a volume   a hidden internal snapshot and a clone of it
+//	Clone modes         linked; copy: linked, and copied in the background (copy.go); reflink on XFS
+//	                    and btrfs (reflink.go); auto: reflink where possible, else linked
+//	Depth               16 clones of clones; a copy or a reflink begins anew
+//	Group snapshot      of volumes of one pool, at one moment, all or none (group.go)
+//	Revert              to a snapshot, while nobody uses the volume; later snapshots stay (revert.go)
+//	Report              volumes, snapshots and clones, and who holds whose space (report.go)
 //	Expand              attached or not; shrinking is refused
 //	Delete              in any order; see Durability / Failure
 //	Several processes on one pool: not supported, the second is refused with ErrPoolInUse
@@ -30,7 +37,8 @@
 // file is the snapshot's view. A tombstone is a volume or snapshot that was
 // deleted but is still needed by a snapshot or a dependent. A hidden snapshot
 // was made for the clone of a volume: nobody but its dependents sees it. The
-// reaper removes what nothing needs any more.
+// reaper removes what nothing needs any more. The copier makes volumes of
+// CloneCopy independent of their sources.
 //
 // # Concurrency
 //
@@ -39,8 +47,8 @@
 // that has begun is finished even when its caller goes away; the retry finds
 // the result. Lock order:
 //
-//	ID lock of a new volume or snapshot (keyLock)
-//	  ID lock of the source or owning volume
+//	ID lock of a new volume, snapshot or group (keyLock)
+//	  ID locks of the source or owning volumes, several in ID order
 //	    entry.writeMu      one record; held over its durable write
 //	      guard.mu         what is promised and not in the index yet
 //	      Pool.mu          the index; never held over I/O
@@ -54,7 +62,9 @@
 // either used or removed. Volumes are made in incoming/ and appear in one
 // rename. A snapshot's record says "creating" before the image is changed: what
 // an image holds under such a name was promised to nobody. Deleting writes a
-// tombstone first. Dependents are read from the backing names in the images'
+// tombstone first. The record of a group decides for its members. A revert says
+// where to before the image changes, and whoever opens the image finishes it.
+// Dependents are read from the backing names in the images'
 // own headers, so that a lost or damaged record never frees what an overlay reads.
 //
 // A record says whether its image is open read-write. When it does at open, the
