@@ -45,6 +45,11 @@ test-kernel: ## the kernel's nbd driver in a small virtual machine (part of test
 	@hack/deps.sh demo test
 	@hack/test.sh kernel
 
+.PHONY: test-restart
+test-restart: ## kill the node process N=200 times under load, in that machine
+	@hack/deps.sh demo test
+	@N='$(N)' hack/test.sh restart
+
 .PHONY: sanity
 sanity: ## csi-sanity against the real process with real devices (part of test)
 	@hack/deps.sh demo test

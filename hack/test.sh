@@ -52,6 +52,13 @@ sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
 
 kernel() { go test -count=1 -timeout 15m -tags kernel -v ./test/kernel | grep -Ev '^=== (RUN|PAUSE|CONT)'; }
 
+# restart kills the node process N times (200) while filesystems on its volumes
+# are written to and verified, in the virtual machine.
+restart() {
+	go test -count=1 -timeout 24h -tags kernel -v ./test/kernel -run '^TestRestart$' -args -kills "${N:-200}" |
+		grep -Ev '^=== (RUN|PAUSE|CONT)|Possible stuck request'
+}
+
 demo() {
 	go test -count=1 -timeout 10m ./internal/demo
 }
