@@ -31,9 +31,13 @@ const (
 	fiThaw   = 0xc0045878
 )
 
+// able says that this program's main calls Main: it can be its own freezer.
+var able bool
+
 // Main is the freezer for which this process was started, if it was, and says
 // with which status the process shall end then. It is for the beginning of main.
 func Main() (status int, child bool) {
+	able = true
 	if os.Args[0] != childName {
 		return 0, false
 	}

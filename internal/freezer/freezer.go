@@ -54,6 +54,9 @@ func Freeze(ctx context.Context, path string, device uint64, limit time.Duration
 
 // start starts a freezer.
 func start(path string, device uint64, limit time.Duration) (*Frozen, error) {
+	if !able {
+		return nil, errors.New("freezer: this program does not call Main")
+	}
 	cmd := &exec.Cmd{
 		Path:        "/proc/self/exe", // the program that runs, even when another has its name by now
 		Args:        []string{childName, path, strconv.FormatUint(device, 10), strconv.FormatInt(int64(limit), 10)},
