@@ -68,7 +68,7 @@ func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ 
 		return nil, err
 	}
 	undo = []func() error{conn.Close, undo[0]} // the mount goes first
-	loop, err := loopMake(ctx, loopConfig{filepath.Join(dir, name), o.ReadOnly, o.BlockSize, o.Discard, size})
+	loop, err := loopMake(ctx, loopConfig{d.file(o.ID), o.ReadOnly, o.BlockSize, o.Discard, size})
 	if err != nil {
 		return nil, err
 	}
@@ -76,6 +76,9 @@ func (d *fuseDriver) attach(ctx context.Context, b Backend, o DeviceOptions) (_ 
 	d.hold(name, conn)
 	return &fuseDevice{driver: d, opts: o, backend: b, conn: conn, loop: loop}, nil
 }
+
+// file is the path of the backend of the device id.
+func (d *fuseDriver) file(id string) string { return filepath.Join(d.dir, id, d.names.name(id)) }
 
 func fuseOptions(name string, size int64, o DeviceOptions) fuse.Options {
 	return fuse.Options{Name: name, Size: size, ReadOnly: o.ReadOnly, Discard: o.Discard}

@@ -60,7 +60,7 @@ func (d *fuseDevice) Resize(ctx context.Context, size int64) error {
 	err := checkResize(d, d.opts, d.backend, size)
 	if err == nil {
 		d.conn.SetSize(size)
-		_, err = loopResize(ctx, loopSize{d.loop, size})
+		_, err = loopResize(ctx, loopSize{d.loop, d.driver.file(d.opts.ID), size})
 	}
 	if err != nil {
 		return fmt.Errorf("resize %q: %w", d.opts.ID, err)

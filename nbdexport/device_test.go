@@ -551,3 +551,44 @@ func TestTwentyDevices(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestResizeUnderWrites: when a resize returns, all of the device can be read, whatever is written meanwhile.
+func TestResizeUnderWrites(t *testing.T) {
+	const size, step, steps = 64 << 20, 1 << 20, 40
+	a, _ := newAttacher(t)
+	b := newBackend(t, size)
+	dev := attach(t, a, b, nbdexport.DeviceOptions{ID: "v"})
+	f, err := os.OpenFile(dev.Path(), os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	var writers sync.WaitGroup
+	defer writers.Wait()
+	defer stop()
+	for i := range int64(8) {
+		writers.Go(func() { // ends with ctx
+			block := aligned(make([]byte, 2*4096))
+			for n := int64(0); ctx.Err() == nil; n++ {
+				if _, err := f.WriteAt(block, (n%1024*8+i)*4096); err != nil {
+					t.Errorf("write: %v", err)
+					return
+				}
+			}
+		})
+	}
+	last := aligned(make([]byte, 2*4096))
+	for i := range int64(steps) {
+		next := size + (i+1)*step
+		if err := b.Grow(next); err != nil {
+			t.Fatal(err)
+		}
+		if err := dev.Resize(t.Context(), next); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.ReadAt(last, next-4096); err != nil {
+			t.Fatalf("the end of %d bytes: %v", next, err)
+		}
+	}
+}

@@ -176,6 +176,7 @@ func (l loopDevice) allowDiscard() error {
 // A loopSize is a device with a size in bytes.
 type loopSize struct {
 	loopDevice
+	Path string // of its backing file
 	Size int64
 }
 
@@ -185,10 +186,8 @@ func resizeLoop(r loopSize, _ []*os.File) (struct{}, error) {
 		if ok, err := r.bound(); err != nil || !ok {
 			return errors.Join(fmt.Errorf("%s: %w", r.path(), ErrDeviceGone), err)
 		}
-		// The driver takes the size that the file system has seen last. To get the status it has it
-		// ask the file's server, also when no path leads to the file any more.
-		if _, err := unix.IoctlLoopGetStatus64(fd); err != nil {
-			return fmt.Errorf("get the status of %s: %w", r.path(), err)
+		if err := r.learn(); err != nil {
+			return err
 		}
 		if err := unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
 			return fmt.Errorf("set the capacity of %s: %w", r.path(), err)
@@ -198,6 +197,32 @@ func resizeLoop(r loopSize, _ []*os.File) (struct{}, error) {
 		}
 		return nil
 	})
+}
+
+// learnTimeout bounds how long the file system may take to learn a size.
+const learnTimeout = 30 * time.Second
+
+// learn makes the file system know the size of the backing file. Being told is not enough: it drops an
+// answer when a write has ended since it asked, and a read behind the size that it knows
+// would fail. So it is asked again until it knows.
+func (r loopSize) learn() error {
+	ctx, cancel := context.WithTimeout(context.Background(), learnTimeout)
+	defer cancel()
+	var known int64
+	err := poll(ctx, func() (bool, error) {
+		for _, sync := range []int{unix.AT_STATX_FORCE_SYNC, unix.AT_STATX_DONT_SYNC} {
+			var st unix.Statx_t
+			if err := ignoringEINTR(func() error { return unix.Statx(unix.AT_FDCWD, r.Path, sync, unix.STATX_SIZE, &st) }); err != nil {
+				return false, fmt.Errorf("stat %q: %w (is the mount on the directory above visible to this process?)", r.Path, err)
+			}
+			known = int64(st.Size)
+		}
+		return known == r.Size, nil
+	})
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("the file system knows %d bytes of %q, want %d: %w", known, r.Path, r.Size, err)
+	}
+	return err
 }
 
 // A loopRemoval says how a device is taken from its backing file.

@@ -3,6 +3,7 @@ package demo
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,11 +23,11 @@ type leftover struct {
 func (l leftover) String() string { return fmt.Sprintf("%s %s (%s)", l.kind, l.name, l.what) }
 
 // leftovers asks the kernel what belongs to s, in the order in which force
-// takes it away: nbd devices, whose requests would wait for a dead agent and a
+// takes it away: the holder of FUSE connections and nbd devices, whose requests would wait for a dead agent and a
 // umount for them; mounts, newest first; loop devices; processes.
 func (s stage) leftovers() ([]leftover, error) {
 	var all []leftover
-	for _, find := range []func() ([]leftover, error){s.nbds, s.mounts, s.loops, s.processes} {
+	for _, find := range []func() ([]leftover, error){s.holders, s.nbds, s.mounts, s.loops, s.processes} {
 		some, err := find()
 		if err != nil {
 			return nil, err
@@ -83,6 +84,31 @@ func unescape(path string) string {
 // loops returns the loop devices on files of s, deleted files too.
 func (s stage) loops() ([]leftover, error) {
 	return devices("loop device", "/sys/block/loop*/loop/backing_file", s.owns)
+}
+
+// holders returns the process that keeps FUSE connections for the agent's
+// successor. It ends by itself when the agent has, unless the agent was killed.
+func (s stage) holders() ([]leftover, error) {
+	conn, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(s.run(), "holder.sock"), Net: "unixpacket"})
+	if err != nil {
+		return nil, nil // nobody is there
+	}
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var peer *unix.Ucred
+	var peerErr error
+	if err := raw.Control(func(fd uintptr) {
+		peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return nil, err
+	}
+	if peerErr != nil {
+		return nil, peerErr
+	}
+	return []leftover{{"process", strconv.Itoa(int(peer.Pid)), "csi-qcow2 holder"}}, nil
 }
 
 // nbds returns the nbd devices whose backend is a volume of s.
