@@ -380,6 +380,8 @@ type rig struct {
 	pool   *volume.Pool
 	driver *Driver
 	stop   func()
+	cache  string // Options.CacheID
+	defers bool   // Restore is the test's
 	csi.IdentityClient
 	csi.ControllerClient
 	csi.GroupControllerClient
@@ -414,12 +416,14 @@ func newRig(t *testing.T) *rig {
 func (r *rig) start() {
 	r.t.Helper()
 	d, err := New(r.t.Context(), Options{Version: "test", NodeID: "node-1", Pools: map[string]*volume.Pool{"default": r.pool},
-		Attacher: fakeAttacher{r.kernel}, Host: fakeHost{r.kernel}, RunDir: filepath.Join(r.dir, "run"), MaxVolumes: 5})
+		Attacher: fakeAttacher{r.kernel}, Host: fakeHost{r.kernel}, RunDir: filepath.Join(r.dir, "run"), MaxVolumes: 5, CacheID: r.cache})
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	d.runDir.SetStep(r.kernel.step)
-	d.Restore(r.t.Context())
+	if !r.defers {
+		d.Restore(r.t.Context())
+	}
 	socket := filepath.Join(r.dir, "s")
 	l, err := Listen(socket)
 	if err != nil {

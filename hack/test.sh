@@ -50,7 +50,7 @@ sabotage() {
 
 sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
 
-kernel() { go test -count=1 -timeout 15m -tags kernel -v ./test/kernel | grep -Ev '^=== (RUN|PAUSE|CONT)'; }
+kernel() { go test -count=1 -timeout 40m -tags kernel -v ./test/kernel | grep -Ev '^=== (RUN|PAUSE|CONT)'; }
 
 # restart kills the node process N times (200) while filesystems on its volumes
 # are written to and verified, in the virtual machine.

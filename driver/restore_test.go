@@ -1,0 +1,138 @@
+package driver
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// replace replaces the driver as the death of its process does where the kernel keeps devices (nbd).
+func (r *rig) replace() {
+	r.t.Helper()
+	r.stop()
+	r.start()
+}
+
+// reasons returns what the health call says of a volume.
+func (r *rig) reasons(id string) []string {
+	r.t.Helper()
+	resp, err := r.NodeGetVolumeHealth(r.t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	var reasons []string
+	for _, e := range resp.GetVolumeHealth().GetHealthStatuses() {
+		reasons = append(reasons, e.GetReason())
+	}
+	return reasons
+}
+
+// TestRestoreGoesOn: a device that the kernel has kept is served again, and calls go on where they were.
+func TestRestoreGoesOn(t *testing.T) {
+	for _, c := range []*csi.VolumeCapability{mountCap(fsExt4), blockCap()} {
+		r := newRig(t)
+		id := r.volume("v", nil)
+		if err := r.stage(id, c); err != nil {
+			t.Fatal(err)
+		}
+		device := r.driver.stagedVolume(id).hint.Device
+		for range 2 {
+			r.replace()
+			if reasons := r.reasons(id); len(reasons) > 0 {
+				t.Errorf("health: %q", reasons)
+			}
+			if got := r.driver.stagedVolume(id).device.Path(); got != device {
+				t.Errorf("device %s, was %s", got, device)
+			}
+			if err := r.stage(id, c); err != nil {
+				t.Errorf("stage again: %v", err)
+			}
+			if err := r.publish(id, c); err != nil {
+				t.Errorf("publish: %v", err)
+			}
+		}
+		if err := r.unpublish(id); err != nil {
+			t.Error(err)
+		}
+		if err := r.unstage(id); err != nil {
+			t.Error(err)
+		}
+		r.wantClean()
+		if c.GetMount() != nil && r.kernel.formats[id] != 1 {
+			t.Errorf("formatted %d times", r.kernel.formats[id])
+		}
+	}
+}
+
+// TestRestoreNeedsTheCache: a device whose last writes were lost with a cache is not served; a new stage repairs.
+func TestRestoreNeedsTheCache(t *testing.T) {
+	for _, lost := range []func(r *rig, id string){
+		func(r *rig, _ string) { r.cache = "another" },
+		func(r *rig, id string) { // an end in disorder
+			v := *r.driver.stagedVolume(id)
+			v.hint.Lost = true
+			if err := r.driver.remember(&v); err != nil {
+				r.t.Fatal(err)
+			}
+		},
+	} {
+		r := newRig(t)
+		id := r.volume("v", nil)
+		if err := r.stage(id, mountCap(fsExt4)); err != nil {
+			t.Fatal(err)
+		}
+		old := r.driver.stagedVolume(id).hint.deviceID()
+		lost(r, id)
+		r.replace()
+		if reasons := r.reasons(id); !slices.Contains(reasons, reasonDeviceLost) {
+			t.Errorf("health: %q, want %s", reasons, reasonDeviceLost)
+		}
+		r.kernel.die() // the kernel has waited long enough
+		if err := r.stage(id, mountCap(fsExt4)); err != nil {
+			t.Fatalf("stage after the loss: %v", err)
+		}
+		if reasons := r.reasons(id); len(reasons) > 0 {
+			t.Errorf("health after the repair: %q", reasons)
+		}
+		if v := r.driver.stagedVolume(id); v.hint.deviceID() == old || v.hint.Lost || v.hint.Cache != r.cache {
+			t.Errorf("the hint is that of the lost device: %+v", v.hint)
+		}
+		if err := r.unstage(id); err != nil {
+			t.Error(err)
+		}
+		r.wantClean()
+	}
+}
+
+// TestCallsBeforeRestore: a volume that is not back is not touched, and its callers are asked to come again.
+func TestCallsBeforeRestore(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	other := r.volume("other", nil)
+	if err := r.stage(id, mountCap(fsExt4)); err != nil {
+		t.Fatal(err)
+	}
+	r.defers = true
+	r.replace()
+	if reasons := r.reasons(id); !slices.Contains(reasons, reasonReturning) {
+		t.Errorf("health: %q, want %s", reasons, reasonReturning)
+	}
+	_, deleting := r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: id})
+	_, stats := r.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: r.path("staging")})
+	for name, err := range map[string]error{"stage": r.stage(id, mountCap(fsExt4)), "unstage": r.unstage(id), "delete": deleting, "stats": stats} {
+		if code := status.Code(err); code != codes.Aborted && code != codes.Unavailable {
+			t.Errorf("%s: %v, want ABORTED or UNAVAILABLE", name, err)
+		}
+	}
+	if _, err := r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: other}); err != nil {
+		t.Errorf("another volume: %v", err)
+	}
+	r.driver.Restore(t.Context())
+	if err := r.unstage(id); err != nil {
+		t.Error(err)
+	}
+	r.wantClean()
+}
