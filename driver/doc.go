@@ -46,10 +46,15 @@
 // nobody has written to, with a record of the intent before and of the success
 // after; the look of a device never decides (see format.go).
 //
-// After a restart of the process, devices of kind nbd and fuse of the
-// predecessor are dead. Such volumes are reported by the health RPCs; staging
-// again repairs them: the dead mounts are detached, the device is removed when
-// nothing holds it, and a new one is attached.
+// After a restart of the process the kernel still has the devices of the
+// predecessor. Restore opens their images and serves them again, if nothing that
+// was written is lost: not without the predecessor's cache, and not when requests
+// may have failed meanwhile. Volumes that cannot be restored are reported by the
+// health RPCs; staging again repairs them: the dead mounts are detached, the
+// device is removed when nothing holds it, and a new one is attached.
+//
+// No thread waits for a device that this process serves: a process with such a
+// thread cannot die. See package aside.
 //
 // # Spec
 //
