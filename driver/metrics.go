@@ -22,10 +22,12 @@ var callBuckets = []float64{.005, .025, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 type metrics struct {
 	calls *prometheus.CounterVec
 	took  *prometheus.HistogramVec
+	look  chan struct{} // wakes SampleUsage; holds one
 }
 
 func newMetrics() *metrics {
 	return &metrics{
+		look: make(chan struct{}, 1),
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: metricsPrefix + "csi_calls_total", Help: "CSI calls that have ended."}, []string{"method", "code"}),
 		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -43,9 +45,13 @@ func (m *metrics) count(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	return resp, err
 }
 
-// meterOf returns the meter of the volume id: the same for as long as the
-// volume is staged, whatever happens to its device.
+// meterOf returns the meter of the volume id, which is being staged: the same
+// for as long as it is, whatever happens to its device.
 func (d *Driver) meterOf(id string) *meter.Meter {
+	select {
+	case d.metrics.look <- struct{}{}:
+	default: // it is to look already
+	}
 	m, _ := d.meters.LoadOrStore(id, new(meter.Meter))
 	return m.(*meter.Meter)
 }

@@ -96,6 +96,8 @@ const (
 	usageEvery = 5 * time.Minute
 	// usageTimeout bounds one look: it keeps snapshots of the volume waiting.
 	usageTimeout = 2 * time.Second
+	// usageDelay is how soon after a stage they are looked at, all together.
+	usageDelay = 5 * time.Second
 )
 
 // SampleUsage looks now and then at who holds the space of staged volumes,
@@ -109,6 +111,13 @@ func (d *Driver) SampleUsage(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-d.metrics.look:
+			// A volume is being staged; it will be among them in a moment.
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(usageDelay):
+			}
 		}
 	}
 }

@@ -29,6 +29,7 @@ type process struct {
 	ended  chan struct{} // closed when the process has ended
 	err    error         // of Wait, once ended is closed
 	alone  bool          // without a holder: devices end with the process
+	args   []string      // more of the command line
 }
 
 // lockedBuffer collects output that a test reads while the process writes.
@@ -105,8 +106,8 @@ func (p *process) socket() string          { return p.path("csi.sock") }
 // start starts the process and waits until it serves.
 func (p *process) start() {
 	p.t.Helper()
-	p.cmd = exec.Command(p.binary, "node", "--endpoint", "unix://"+p.socket(), "--pool", "default="+p.pool(),
-		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2", fmt.Sprintf("--start-holder=%t", !p.alone))
+	p.cmd = exec.Command(p.binary, append([]string{"node", "--endpoint", "unix://" + p.socket(), "--pool", "default=" + p.pool(),
+		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2", fmt.Sprintf("--start-holder=%t", !p.alone)}, p.args...)...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
