@@ -314,3 +314,38 @@ func TestViewIsSmall(t *testing.T) {
 		}
 	}
 }
+
+// A volume with snapshots grows; the smaller state can be restored and deleted.
+func TestExpandWithSnapshots(t *testing.T) {
+	const n = 1 << 20
+	p := newPool(t)
+	v := create(t, p, "v", Source{})
+	write(t, p, v.ID, 7*n, 1, n)
+	small := snapshot(t, p, "small", v.ID)
+	if _, err := p.Expand(t.Context(), v.ID, SizeRange{Required: 4096 * n}); err != nil {
+		t.Fatal(err)
+	}
+	write(t, p, v.ID, 4095*n, 2, n)
+	large := snapshot(t, p, "large", v.ID)
+	if small.Size != 8*n || large.Size != 4096*n {
+		t.Errorf("snapshots of %d and %d bytes", small.Size, large.Size)
+	}
+	for _, c := range []struct {
+		from Snapshot
+		size int64
+		want int64
+	}{{small, 0, 8 * n}, {small, 64 * n, 64 * n}, {large, 0, 4096 * n}} {
+		r, err := p.Create(t.Context(), CreateRequest{Name: itoa(c.want), Size: SizeRange{Required: c.size}, Params: DefaultParams(), Source: Source{Snapshot: c.from.ID}})
+		if err != nil || r.Size != c.want {
+			t.Fatalf("restore %q: %d bytes, %v, want %d", c.from.Name, r.Size, err, c.want)
+		}
+		wantBytes(t, p, r.ID, 7*n, 1, n)
+		if c.want > 8*n {
+			wantBytes(t, p, r.ID, 8*n, 0, n)
+		}
+	}
+	remove(t, p, small.ID)
+	reap(t, p)
+	wantBytes(t, p, v.ID, 7*n, 1, n)
+	wantBytes(t, p, v.ID, 4095*n, 2, n)
+}
