@@ -250,12 +250,32 @@ var rules = []rule{
 		"one socket",
 		func(c *cluster) (err error) {
 			for _, s := range c.sidecars() {
+				if s.Image == c.agent.Image {
+					continue // the holder speaks no CSI
+				}
 				err = errors.Join(err, hold("unix://"+flag(s, "csi-address") == flag(c.agent, "endpoint"), "%s calls another socket", s.Name),
 					hold(c.mount(s, "plugin") != nil, "%s does not see the socket", s.Name))
 			}
 			return err
 		},
 		func(c *cluster) { c.sidecars()[0].Args[0] = "--csi-address=/other.sock" },
+	},
+	{
+		"one holder",
+		func(c *cluster) error {
+			holder := c.container("holder")
+			if holder == nil {
+				return errors.New("no container is named holder")
+			}
+			run := c.mount(c.agent, "run")
+			return errors.Join(
+				hold(holder.Image == c.agent.Image, "holder runs %s, the driver %s", holder.Image, c.agent.Image),
+				hold(holder.Args[0] == "holder" && flag(holder, "run-dir") == flag(c.agent, "run-dir"), "holder has another run directory"),
+				hold(c.mount(holder, "run") != nil && c.mount(holder, "run").MountPath == run.MountPath, "holder does not see the run directory"),
+				hold(flag(c.agent, "start-holder") == "false", "the driver starts a holder that ends with its container"),
+				hold(ptr.Deref(run.MountPropagation, "") == corev1.MountPropagationBidirectional, "FUSE mounts are not seen by the driver's next container"))
+		},
+		func(c *cluster) { c.container("holder").Args[1] = "--run-dir=/elsewhere" },
 	},
 	{
 		"tokens only where needed",
@@ -381,7 +401,7 @@ var rules = []rule{
 			for _, container := range c.pod.Containers {
 				name, tag, _ := strings.Cut(container.Image, ":")
 				err = errors.Join(err, hold(!strings.Contains(name, "/") && !strings.Contains(name, "."), "%s names a registry", container.Image),
-					hold(tag != "" && tag != "latest" || container.Name == "driver", "%s has no version", container.Image))
+					hold(tag != "" && tag != "latest" || container.Image == c.agent.Image, "%s has no version", container.Image))
 			}
 			return err
 		},
