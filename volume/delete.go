@@ -26,12 +26,22 @@ func (p *Pool) Delete(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		if err := p.updateRecord(e, func(r *volumeRecord) { r.Deleted = true }); err != nil {
+		// A volume that nobody needs goes by one rename, without a tombstone. That
+		// takes no room: a pool that is full to the last byte can give some back.
+		if p.wasteOf(e).volume {
+			err = p.reapVolume(ctx, e)
+		}
+		if err == nil && p.find(id) == e {
+			if err = p.updateRecord(e, func(r *volumeRecord) { r.Deleted = true }); err == nil {
+				p.wakeReaper()
+				return p.reapVolume(ctx, e)
+			}
+		}
+		if err != nil && p.find(id) == e {
 			p.unbury(e)
-			return err
 		}
 		p.wakeReaper() // the volume may have been the last dependent of another
-		return p.reapVolume(ctx, e)
+		return err
 	})
 }
 

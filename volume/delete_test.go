@@ -5,8 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"csi-qcow2/internal/qemutest"
 )
@@ -101,6 +105,52 @@ func TestDeleteGivesSpaceBack(t *testing.T) {
 	reap(t, p)
 	if got := allocated(t, imagePath(p, v.ID)); got > before+1<<20 {
 		t.Fatalf("after the snapshot is gone the image takes %d bytes, %d before it", got, before)
+	}
+}
+
+// TestDeleteFromFullPool: where not even a record can be written, a volume that
+// nobody needs can be deleted, and room is there again.
+func TestDeleteFromFullPool(t *testing.T) {
+	dir := newFilesystem(t, "ext4", "-m", "0")
+	p := newPoolIn(t, dir)
+	v := create(t, p, "v", Source{})
+	write(t, p, v.ID, 0, 1, 1<<20)
+	source := create(t, p, "source", Source{})
+	clone(t, p, "clone", Source{Volume: source.ID}, CloneLinked)
+	fill(t, filepath.Join(filepath.Dir(dir), "ballast"))
+
+	if err := p.Delete(t.Context(), source.ID); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("delete the source of a clone in a full pool: %v, want %v: it needs a tombstone", err, unix.ENOSPC)
+	}
+	if err := p.Delete(t.Context(), v.ID); err != nil {
+		t.Fatalf("delete a volume in a full pool: %v", err)
+	}
+	if _, err := p.Get(v.ID); !errors.Is(err, ErrNotFound) {
+		t.Errorf("get a deleted volume: %v, want %v", err, ErrNotFound)
+	}
+	if err := p.Delete(t.Context(), source.ID); err != nil {
+		t.Errorf("delete the source of a clone when there is room: %v", err)
+	}
+}
+
+// fill writes a file until its filesystem has no block left.
+func fill(t *testing.T, name string) {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for size := 1 << 20; size >= 512; size /= 2 {
+		for err == nil {
+			if _, err = f.Write(make([]byte, size)); err == nil {
+				err = f.Sync()
+			}
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+		err = nil
 	}
 }
 
