@@ -13,16 +13,17 @@
 //	Resize while in use      yes                              yes
 //	Openers at detach        mounts: by the kernel; others:   by the kernel
 //	                         by /proc, in this PID namespace
-//	This process dies        requests wait nbdDeadConnTimeout every request fails with EIO
-//	                         for the next one
+//	This process dies        requests wait DeadConnTimeout    requests wait for the next one, while a
+//	                         for the next one                 holder lives; without one they fail
 //	What it acknowledged     is in the image                  is in the image
-//	What the kernel has      is written by the next process   is lost, as at a power loss
-//	not sent yet
+//	What the kernel has      is written by the next process   the same, while a holder lives; without one
+//	not sent yet                                              it is lost, as at a power loss
 //
-// The fuse kind is for development machines and for kernels without nbd. Its promise is weaker:
-// when the process dies, filesystems on its devices see I/O errors as if the disk were pulled. The
+// The fuse kind is for development machines and for kernels without nbd. Packages fuse and holder say
+// how its requests outlive the process. Its promise is weaker, because the holder is a process as
+// well: when both die, filesystems on the devices see I/O errors as if the disk were pulled. The
 // images stay sound, and what an application has synced is in them. Stale lists what is left, to be
-// unmounted, cleaned and attached anew.
+// unmounted, cleaned and attached anew. Device.Survives says when there is no holder.
 //
 // Life of a device: serve, then connect or mount; wait until the kernel shows the size; hand out.
 // Detach: claim the device exclusively, as a mount does, so that none can begin; look for other
@@ -47,7 +48,8 @@
 // Touching what we serve. Opening, reading or writing a path on a filesystem that lies on one of
 // our devices, from a goroutine that a request waits for. Statfs is enough: XFS may force the log.
 // The runtime's poller counts too, so files in a FUSE mount of ours are opened with raw system
-// calls (see fuseMount.grow).
+// calls. A thread that waits so when the process is killed stays, and keeps every descriptor: what may
+// wait for a device is done by a child (package aside).
 //
 // Detach with an opener. The nbd driver fails the requests of whoever still has the device open,
 // and a mounted filesystem turns into errors. So detach is refused with ErrDeviceBusy while there
@@ -83,8 +85,12 @@
 //   - queue/discard_max_bytes, once written, stays with the loop device after LOOP_CLR_FD, for its next user.
 //   - LOOP_CLR_FD with other openers succeeds and only marks the device autoclear; LOOP_SET_STATUS64 takes the mark off.
 //   - LOOP_GET_STATUS64 asks the file system of the backing file, and fails or hangs with it; sysfs does not.
+//   - The FUSE driver drops the size of a GETATTR when a write has ended since it asked. LOOP_SET_CAPACITY takes
+//     the new size from the answer all the same, and reads behind the size that the inode has fail.
 //   - The backing file of a detached mount keeps its name in sysfs, without the directories above.
-//   - When the serving process is killed, requests fail at once with ENOTCONN, and unmounting the filesystem on top works.
+//   - When the last copy of the FUSE descriptor is closed, requests fail at once with ENOTCONN, and unmounting the
+//     filesystem on top works. Until then they wait, those that were read too.
+//   - A process that is being killed gets no page brought in: a request whose copy needs one ends with EIO.
 //
 // ext4 grows while mounted only for a process with CAP_SYS_RESOURCE.
 package nbdexport
