@@ -119,6 +119,9 @@ func (g *geometry) slice(entry int) (off int64, index int) {
 	return int64(entry/perSlice) * int64(g.sliceBytes), entry % perSlice
 }
 
+// sliceNumber returns which slice of the image file lies at off.
+func (g *geometry) sliceNumber(off HostOffset) uint64 { return uint64(off >> g.sliceBits) }
+
 // refblockIndex returns the refcount table entry that covers c, and the index
 // of c's refcount in that refcount block.
 func (g *geometry) refblockIndex(c hostCluster) (table int, index int) {
