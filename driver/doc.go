@@ -15,7 +15,8 @@
 //	Publish      not needed on the controller: a volume lives on its node
 //	Access       SINGLE_NODE_WRITER, SINGLE_NODE_READER_ONLY, SINGLE_NODE_SINGLE_WRITER, SINGLE_NODE_MULTI_WRITER
 //	Filesystems  ext4 (default), xfs
-//	Not offered  SnapshotMetadata, ControllerModifyVolume: answered UNIMPLEMENTED
+//	SnapshotMetadata  all (alpha), VARIABLE_LENGTH; a delta also between snapshots of a volume and of its clones
+//	Not offered  ControllerModifyVolume: answered UNIMPLEMENTED
 //
 // # Terms
 //

@@ -121,11 +121,12 @@ func (d *Driver) RegisterController(s *grpc.Server) {
 	csi.RegisterIdentityServer(s, identityServer{Driver: d})
 	csi.RegisterControllerServer(s, controllerServer{Driver: d})
 	csi.RegisterGroupControllerServer(s, groupServer{Driver: d})
+	csi.RegisterSnapshotMetadataServer(s, metadataServer{Driver: d})
 }
 
 // ServerOptions are what the gRPC server of Register needs.
 func (d *Driver) ServerOptions() []grpc.ServerOption {
-	return []grpc.ServerOption{d.interceptors()}
+	return []grpc.ServerOption{d.interceptors(), d.streamInterceptor()}
 }
 
 // Drain refuses new RPCs with UNAVAILABLE and waits for those under way, and

@@ -25,6 +25,7 @@ func (s identityServer) GetPluginCapabilities(context.Context, *csi.GetPluginCap
 	for _, t := range []csi.PluginCapability_Service_Type{
 		csi.PluginCapability_Service_CONTROLLER_SERVICE,
 		csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE,
+		csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,
 		csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
 	} {
 		resp.Capabilities = append(resp.Capabilities, &csi.PluginCapability{

@@ -195,6 +195,11 @@ func (p *Pool) openBacking(ctx context.Context, name, format string) (qcow2.Disk
 	if format != "qcow2" {
 		return nil, fmt.Errorf("%w: backing file of format %q", ErrDamaged, format)
 	}
+	return p.useView(ctx, v)
+}
+
+// useView opens the snapshot that v shows for one more user.
+func (p *Pool) useView(ctx context.Context, v viewRef) (*viewDisk, error) {
 	im, err := p.views.acquire(ctx, v)
 	if err != nil {
 		return nil, err
@@ -206,7 +211,7 @@ func (p *Pool) openBacking(ctx context.Context, name, format string) (qcow2.Disk
 	return &viewDisk{im, release}, nil
 }
 
-// A viewDisk is one clone's share of an open view.
+// A viewDisk is one user's share of an open view.
 type viewDisk struct {
 	qcow2.Disk
 	release func() error
@@ -214,6 +219,9 @@ type viewDisk struct {
 
 // Close lets go of the view.
 func (d *viewDisk) Close() error { return d.release() }
+
+// Unwrap returns the image, which all users share: see qcow2.Changed.
+func (d *viewDisk) Unwrap() qcow2.Disk { return d.Disk }
 
 // openView opens the internal snapshot that the view v shows.
 func (p *Pool) openView(ctx context.Context, v viewRef) (*qcow2.Image, error) {
