@@ -64,6 +64,7 @@ var codeTable = []struct {
 	{nbdexport.ErrNotFlushed, codes.DataLoss},
 	{nbdexport.ErrDeviceGone, codes.Unavailable},
 	{nbdexport.ErrDeviceDead, codes.Unavailable},
+	{nbdexport.ErrDeviceReconnecting, codes.Unavailable},
 	{nbdexport.ErrNoDeviceKind, codes.FailedPrecondition},
 	{nbdexport.ErrServerClosed, codes.Unavailable},
 	{nbdexport.ErrProtocol, codes.Internal},

@@ -69,7 +69,7 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 				Status: csi.VolumeHealthErrorType_INACCESSIBLE, Reason: reasonDeviceLost,
 				Message: fmt.Sprintf("device %s: %v", v.hint.Device, loss),
 			}
-			if errors.Is(loss, errReturning) {
+			if passing(loss) {
 				e.Status, e.Reason = csi.VolumeHealthErrorType_DEGRADED, reasonReturning
 			}
 			h.HealthStatuses = append(h.HealthStatuses, e)

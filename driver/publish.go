@@ -34,7 +34,11 @@ func (s nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishV
 		case v.hint.Block != block:
 			return nil, fmt.Errorf("%w: volume %s is staged with another access type", errPrecondition, req.GetVolumeId())
 		}
-		if loss := s.lossOf(v); loss != nil {
+		loss := s.lossOf(v)
+		if passing(loss) {
+			return nil, fmt.Errorf("%w: volume %s: %w", errUnavailable, req.GetVolumeId(), loss)
+		}
+		if loss != nil {
 			return nil, fmt.Errorf("%w: volume %s: %w", errPrecondition, req.GetVolumeId(), loss)
 		}
 		return &csi.NodePublishVolumeResponse{}, s.publish(v, req.GetTargetPath(), want)
@@ -167,7 +171,8 @@ func (s nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpubl
 
 // unpublish takes the target path of v away.
 func (d *Driver) unpublish(v *stagedVolume, path string) error {
-	if err := d.unmountOurs(v, path, d.lossOf(v) != nil); err != nil {
+	loss := d.lossOf(v)
+	if err := d.unmountOurs(v, path, loss != nil && !passing(loss)); err != nil {
 		return err
 	}
 	if mounts, err := d.opts.Host.Mounts(path); err != nil || len(mounts) > 0 {

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
 	"csi-qcow2/internal/durable"
 	"csi-qcow2/nbdexport"
+	"csi-qcow2/qcow2"
+	"csi-qcow2/volume"
 )
 
 // Why a staged volume has no device.
@@ -73,9 +76,6 @@ func (d *Driver) recallHint(ctx context.Context, id, boot string) error {
 	return nil
 }
 
-// restoreParallel is how many volumes are restored at once: each waits for its own image.
-const restoreParallel = 16
-
 // Restore takes over the devices of a predecessor: it opens their images and serves them, all volumes
 // at once, so that a slow one holds up no other. What it cannot take over is left to the health RPCs, and
 // to stage and unstage. Then it removes devices that nobody knows and nothing holds. The owner of the
@@ -85,11 +85,8 @@ func (d *Driver) Restore(ctx context.Context) {
 		klog.FromContext(ctx).Error(err, "thawing what was left frozen")
 	}
 	var workers sync.WaitGroup
-	slots := make(chan struct{}, restoreParallel)
-	for _, r := range d.returning {
-		slots <- struct{}{}
+	for _, r := range d.returning { // as many as were staged
 		workers.Go(func() {
-			defer func() { <-slots }()
 			defer r.unlock()
 			d.restoreOne(ctx, r.v)
 		})
@@ -112,17 +109,53 @@ func (d *Driver) Restore(ctx context.Context) {
 	}
 }
 
+const (
+	// restoreWait bounds how long a volume is tried again that cannot be taken over for a
+	// reason that may pass: its filesystem waits, and nobody stages it again while it is mounted.
+	restoreWait = 10 * time.Minute
+	// restorePause is the time between two attempts.
+	restorePause = time.Second
+)
+
 // restoreOne decides what becomes of a volume that was staged. The caller holds its lock.
 func (d *Driver) restoreOne(ctx context.Context, v *stagedVolume) {
 	log := klog.FromContext(ctx).WithValues("volumeID", v.hint.Volume)
-	restored, err := d.reattach(ctx, v)
-	if err != nil {
-		d.put(&stagedVolume{hint: v.hint, loss: err})
-		log.Error(err, "a staged volume has lost its device", "stagingPath", v.hint.StagingPath, "device", v.hint.Device)
-		return
+	trying, cancel := context.WithTimeout(ctx, restoreWait)
+	defer cancel()
+	for {
+		restored, err := d.reattach(trying, v)
+		if err == nil {
+			d.put(restored)
+			log.Info("took over a staged volume", "stagingPath", v.hint.StagingPath, "device", restored.hint.Device)
+			return
+		}
+		if final(err) || trying.Err() != nil {
+			d.put(&stagedVolume{hint: v.hint, loss: err})
+			log.Error(err, "a staged volume has lost its device", "stagingPath", v.hint.StagingPath, "device", v.hint.Device)
+			return
+		}
+		log.Error(err, "a staged volume is not back yet", "stagingPath", v.hint.StagingPath, "device", v.hint.Device)
+		select {
+		case <-trying.Done():
+		case <-time.After(restorePause):
+		}
 	}
-	d.put(restored)
-	log.Info("took over a staged volume", "stagingPath", v.hint.StagingPath, "device", restored.hint.Device)
+}
+
+// final reports whether it is of no use to try a takeover again that failed with err.
+func final(err error) bool {
+	for _, target := range []error{errLost, errCacheLost, nbdexport.ErrDeviceGone, nbdexport.ErrDeviceDead,
+		volume.ErrNotFound, volume.ErrDamaged, qcow2.ErrCorrupt, qcow2.ErrNotQcow2} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
+}
+
+// passing reports whether loss, of lossOf, ends by itself.
+func passing(loss error) bool {
+	return errors.Is(loss, errReturning) || errors.Is(loss, nbdexport.ErrDeviceReconnecting)
 }
 
 // reattach opens the image of v and serves its device.

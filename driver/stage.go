@@ -47,7 +47,11 @@ func (d *Driver) stage(ctx context.Context, want stageHint) error {
 		return fmt.Errorf("%w: volume %s is staged at %q with other arguments", errIncompatible, want.Volume, v.hint.StagingPath)
 	}
 	if v != nil {
-		if loss := d.lossOf(v); loss != nil {
+		loss := d.lossOf(v)
+		if passing(loss) {
+			return fmt.Errorf("%w: volume %s: %w", errUnavailable, want.Volume, loss)
+		}
+		if loss != nil {
 			klog.FromContext(ctx).Info("repairing a staged volume", "volumeID", want.Volume, "reason", loss.Error())
 			if err := d.release(ctx, v, true); err != nil {
 				return err
@@ -220,7 +224,11 @@ func (d *Driver) unstage(ctx context.Context, id, path string) error {
 	if v.hint.StagingPath != path {
 		return fmt.Errorf("%w: volume %s is staged at %q", errPrecondition, id, v.hint.StagingPath)
 	}
-	lost := d.lossOf(v) != nil
+	loss := d.lossOf(v)
+	if passing(loss) {
+		return fmt.Errorf("%w: volume %s: %w", errUnavailable, id, loss)
+	}
+	lost := loss != nil
 	if !lost {
 		for target := range v.hint.Targets {
 			published, err := d.isPublished(v, target)

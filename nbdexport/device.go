@@ -30,6 +30,10 @@ var (
 	// its FUSE connection died, or no socket is connected. Requests fail or wait.
 	ErrDeviceDead = errors.New("nbdexport: device has lost its server")
 
+	// ErrDeviceReconnecting reports that the connection of a device was lost a moment ago, and
+	// is being replaced. Requests wait, nothing is lost; try again.
+	ErrDeviceReconnecting = errors.New("nbdexport: device is getting a new connection")
+
 	// ErrNoDeviceKind reports that this kernel can make no device of the kind asked for.
 	ErrNoDeviceKind = errors.New("nbdexport: no usable block device driver")
 )

@@ -156,8 +156,13 @@ func (d *nbdDevice) Health() error {
 	if err := d.ours(); err != nil {
 		return err
 	}
-	if !d.live.Load() {
+	select {
+	case <-d.done:
 		return fmt.Errorf("%s: %w", d.path(), ErrDeviceDead)
+	default:
+	}
+	if !d.live.Load() {
+		return fmt.Errorf("%s: %w", d.path(), ErrDeviceReconnecting)
 	}
 	return nil
 }

@@ -89,3 +89,29 @@ func TestOpenedElsewhere(t *testing.T) {
 	cmd.Wait()
 	check(false)
 }
+
+// TestHasEnded: a socket whose other end is closed is told from one that has nothing to read, and nothing is read.
+func TestHasEnded(t *testing.T) {
+	client, server, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	check := func(want bool) {
+		t.Helper()
+		if ended, err := hasEnded(server); ended != want || err != nil {
+			t.Errorf("ended: %v, %v; want %v", ended, err, want)
+		}
+	}
+	check(false)
+	if _, err := client.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	check(false)
+	client.Close()
+	check(false) // what was sent is there
+	if n, err := server.Read(make([]byte, 2)); n != 1 || err != nil {
+		t.Fatalf("read %d bytes, %v", n, err)
+	}
+	check(true)
+}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -64,6 +65,9 @@ func newAgent(t *testing.T, flags ...string) *agent {
 	a.IdentityClient, a.ControllerClient, a.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
 	t.Cleanup(func() {
 		conn.Close()
+		if t.Failed() {
+			a.unmountAll()
+		}
 		if a.running() {
 			a.terminate()
 		}
@@ -147,6 +151,21 @@ func (a *agent) signal(sig os.Signal) {
 	case <-time.After(patience):
 		stack, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stack", a.cmd.Process.Pid, a.cmd.Process.Pid))
 		a.t.Fatalf("the process does not end on %v\n%s", sig, stack)
+	}
+}
+
+// unmountAll takes away what a failed test has left mounted: removing its directory would hang.
+func (a *agent) unmountAll() {
+	b, err := os.ReadFile("/proc/mounts")
+	if err != nil {
+		a.t.Error(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.Fields(line); len(fields) > 1 && strings.HasPrefix(fields[1], a.dir) {
+			if err := unix.Unmount(fields[1], unix.MNT_DETACH); err != nil {
+				a.t.Error(err)
+			}
+		}
 	}
 }
 

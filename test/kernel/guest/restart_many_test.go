@@ -36,11 +36,11 @@ func TestRestartMany(t *testing.T) {
 	}
 	each(func(i int) {
 		volumes[i] = a.create(fmt.Sprintf("many-%d", i), "", 4<<20, "")
-		volumes[i].mount()
+		a.call("NodeStageVolume", volumes[i].stageOnce)
 	})
 	page := alignedPage()
 	for i, v := range volumes {
-		f, err := os.OpenFile(v.target(), os.O_RDWR|unix.O_DIRECT, 0)
+		f, err := os.OpenFile(v.device(), os.O_RDWR|unix.O_DIRECT, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -77,8 +77,7 @@ func TestRestartMany(t *testing.T) {
 		f.Close()
 	}
 	each(func(i int) {
-		volumes[i].unmount()
-		a.call("DeleteVolume", volumes[i].deleteOnce)
+		a.call("NodeUnstageVolume", volumes[i].unstageOnce)
 	})
 }
 

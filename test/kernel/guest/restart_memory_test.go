@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -18,7 +19,7 @@ import (
 
 // Sizes of TestRestartUnderPressure, in bytes.
 const (
-	pressureVolume = 160 << 20
+	pressureVolume = 128 << 20
 	pressureSpare  = 96 << 20 // memory that is left to everybody
 	pressureNode   = 96 << 20 // memory of the node process
 )
@@ -71,39 +72,45 @@ func TestRestartUnderPressure(t *testing.T) {
 	v.mount()
 	confine := func() { set(t, group+"/cgroup.procs", strconv.Itoa(a.cmd.Process.Pid)) }
 	confine()
-	hog(t, a.path("hog"))
-	for n := range 3 {
+	release := hog(t)
+	for n := range 2 {
 		done := make(chan error, 1)
 		go func() { // ends with fio
-			out, err := exec.Command("fio", "--name=pressure", "--thread", "--directory="+v.target(), "--numjobs=1", "--size=128m", "--rw=write", "--bs=64k", "--ioengine=psync",
+			out, err := exec.Command("fio", "--name=pressure", "--thread", "--directory="+v.target(), "--numjobs=1", "--size=96m", "--rw=write", "--bs=64k", "--ioengine=psync",
 				"--end_fsync=1", "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", fmt.Sprintf("--randseed=%d", n), "--minimal").CombinedOutput()
 			if err != nil {
 				err = fmt.Errorf("%w\n%s", err, out)
 			}
 			done <- err
 		}()
-		if n > 0 {
-			wait(t, "dirty pages", func() bool { return memory(t, "Dirty")+memory(t, "Writeback") > 16<<20 })
-			a.kill()
-			a.start()
-			confine()
-		}
+		wait(t, "dirty pages", func() bool { return memory(t, "Dirty")+memory(t, "Writeback") > 16<<20 })
+		a.kill()
+		a.start()
+		confine()
 		if err := <-done; err != nil {
 			t.Errorf("writing under pressure: %v", err)
 		}
 		t.Logf("round %d: %d MiB of memory are available", n+1, memory(t, "MemAvailable")>>20)
 	}
-	if err := os.Remove(a.path("hog")); err != nil {
-		t.Error(err)
-	}
+	release()
 	v.unmount()
 	v.checkAndDelete()
 }
 
 // hog takes memory until pressureSpare is left.
-func hog(t *testing.T, path string) {
+func hog(t *testing.T) (release func()) {
 	t.Helper()
-	f, err := os.Create(path)
+	dir := t.TempDir()
+	if err := unix.Mount("hog", dir, "tmpfs", 0, "size=100%"); err != nil {
+		t.Fatal(err)
+	}
+	release = sync.OnceFunc(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(release)
+	f, err := os.Create(filepath.Join(dir, "memory"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,6 +120,7 @@ func hog(t *testing.T, path string) {
 			t.Fatalf("take %d bytes of memory: %v", n, err)
 		}
 	}
+	return release
 }
 
 // memory returns a field of /proc/meminfo in bytes.
@@ -131,7 +139,7 @@ func memory(t *testing.T, field string) int64 {
 			return n << 10
 		}
 	}
-	t.Fatalf("no %s in %s", field, filepath.Base("/proc/meminfo"))
+	t.Fatalf("no %s in /proc/meminfo", field)
 	return 0
 }
 

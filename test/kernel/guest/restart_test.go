@@ -28,7 +28,7 @@ type strike struct {
 // TestRestartKilled kills the node process while filesystems on its devices are written to, over and over,
 // at rest and in the middle of calls. Nobody may see an error.
 func TestRestartKilled(t *testing.T) {
-	kills := 24
+	kills := 20
 	if s := os.Getenv(killsEnv); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil {

@@ -172,3 +172,19 @@ func (v *volume) mountLine() string {
 	}
 	return ""
 }
+
+// device is the device node of a staged volume.
+func (v *volume) device() string {
+	v.a.t.Helper()
+	backends, err := filepath.Glob("/sys/block/nbd*/backend")
+	if err != nil {
+		v.a.t.Fatal(err)
+	}
+	for _, path := range backends {
+		if b, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(b), v.id+".") {
+			return "/dev/" + filepath.Base(filepath.Dir(path))
+		}
+	}
+	v.a.t.Fatalf("%s has no device", v.name)
+	return ""
+}
