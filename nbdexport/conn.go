@@ -84,6 +84,7 @@ func newConn(nc net.Conn, b Backend, t terms, writeTimeout time.Duration) *conn 
 	if s, ok := b.(SparseReader); ok {
 		c.sparse = t.structured && s.SparseReads()
 	}
+	widen(nc)
 	c.rx = receiver{
 		conn:       nc,
 		buf:        alignedBytes(receiveBuffer),

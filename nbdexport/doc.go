@@ -45,7 +45,8 @@
 //	Connections          100 at a time; others wait to be accepted
 //	Memory               64 KiB for each connection, and 16 MiB more at most for requests under
 //	                     way and replies that the client has not read; longer payload is moved
-//	                     in pieces of 2 MiB, as it arrives or leaves
+//	                     in pieces of 2 MiB, as it arrives or leaves. The kernel holds up to
+//	                     1 MiB of replies on a unix socket, and its overhead
 //	Goroutines           17 for each connection
 //	Unread replies       60 s, then the connection is closed
 //	Block status         4096 extents in a reply, 65536 calls of the backend for it
