@@ -25,6 +25,8 @@ var (
 
 	volumeAllocated = desc("volume_allocated_bytes", "Space of the volume's image in the pool's file system, with its snapshots.", "volume", "pool", "source")
 	volumeSize      = desc("volume_size_bytes", "Virtual size of the volume.", "volume", "pool")
+	copyDone        = desc("volume_copy_done_ratio", "Share of a clone of cloneMode=copy that does not need its source any more; gone when none does.", "volume", "pool")
+	copyCopied      = desc("volume_copy_bytes", "Bytes that the background copy of a clone has copied.", "volume", "pool")
 )
 
 // A poolLook is what one look at a pool finds.
@@ -38,6 +40,10 @@ func (d *Driver) collectPool(to chan<- prometheus.Metric, name string) {
 	pool := d.pools.byName[name]
 	gauge(to, poolBound, pool.Overcommit(), name)
 	counter(to, poolRefused, pool.Refused(), name)
+	for _, c := range pool.Copies() {
+		gauge(to, copyDone, float64(c.Done)/float64(max(c.Size, 1)), c.Volume, name)
+		gauge(to, copyCopied, c.Copied, c.Volume, name)
+	}
 	look := new(poolLook) // it may be filled after the scrape has gone on
 	err := d.probes.run(context.Background(), "metrics of "+pool.Path(), func() (err error) {
 		if look.capacity, err = pool.Capacity(); err != nil {
