@@ -9,7 +9,7 @@ import (
 
 func requestLines() []*line {
 	read := func(depth, jobs int) load { return load{rw: "randread", block: "4k", depth: depth, jobs: jobs} }
-	return []*line{
+	return append([]*line{
 		allocated("read-4k-qd32", "requests", "4 KiB random read, queue depth 32", read(32, 1), 4.5, 1.15),
 		allocated("read-4k-4x16", "requests", "4 KiB random read, 4 clients, queue depth 16", read(16, 4), 7, 1.5),
 		allocated("read-4k-qd1", "requests", "4 KiB random read, queue depth 1", read(1, 1), 3, 1.8),
@@ -20,8 +20,7 @@ func requestLines() []*line {
 		empty("write-64k-empty", "requests", "64 KiB random write, empty image, queue depth 32",
 			load{rw: "randwrite", block: "64k", depth: 32, once: true}, 2.0),
 		largeLine(),
-		flushLine(),
-	}
+	}, flushLines()...)
 }
 
 func streamLines() []*line {
@@ -130,8 +129,8 @@ func largeLine() *line {
 	}
 }
 
-// flushLine writes and flushes on a disk.
-func flushLine() *line {
+// flushLines write and flush on a disk.
+func flushLines() []*line {
 	l := load{rw: "randwrite", block: "4k", align: "64k", depth: 1, fsync: true, once: true}
 	onDisk := func(options ...string) place {
 		return func(ctx context.Context, e *env, _ bool) (string, error) {
@@ -139,18 +138,18 @@ func flushLine() *line {
 			return path, e.emptyImage(ctx, path, e.fresh, options...)
 		}
 	}
+	plain := loaded(qemuNBD(), onDisk(), l)
 	lazy := loaded(qemuNBD(), onDisk("lazy_refcounts=on"), l)
-	lazy.name += ", lazy refcounts"
-	return &line{
-		name: "write-4k-flush-disk", group: "requests", unit: iops,
-		title: "4 KiB random write and FLUSH each, empty image, on disk",
-		note:  "a FLUSH of ours stands for the same promise with and without lazy refcounts",
+	const title = "4 KiB random write and FLUSH each, empty image, on disk"
+	return []*line{{
+		name: "write-4k-flush-disk", group: "requests", unit: iops, title: title,
 		ours:  loaded(oursServer, onDisk(), l),
-		peers: []peer{
-			{"qemu-nbd", []contestant{loaded(qemuNBD(), onDisk(), l)}, 1.0},
-			{"qemu-nbd, lazy refcounts", []contestant{lazy}, 0},
-		},
-	}
+		peers: []peer{{"qemu-nbd", []contestant{plain}, 1.0}},
+	}, {
+		name: "write-4k-flush-disk-lazy", group: "requests", unit: iops, title: title + ", ours with lazy refcounts",
+		ours:  loaded(oursServer, onDisk("lazy_refcounts=on"), l),
+		peers: []peer{{"qemu-nbd", []contestant{plain}, 1.5}, {"qemu-nbd, lazy refcounts", []contestant{lazy}, 0}},
+	}}
 }
 
 // nbdcopyLine reads a whole image with nbdcopy.

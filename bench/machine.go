@@ -16,6 +16,7 @@ type machine struct {
 	CPU      string
 	Cores    int
 	Memory   string
+	Load     float64 // average of the minute before the run: others that work
 	Kernel   string
 	Versions []string // of the peers
 	Revision string   // of ours
@@ -41,6 +42,7 @@ func thisMachine(ctx context.Context) (machine, error) {
 	if err := unix.Uname(&uts); err != nil {
 		return m, err
 	}
+	m.Load = float64(info.Loads[0]) / (1 << 16)
 	m.Kernel = unix.ByteSliceToString(uts.Release[:])
 	for _, args := range [][]string{{"qemu-nbd", "--version"}, {"nbdkit", "--version"}, {"nbdcopy", "--version"}, {"fio", "--version"}} {
 		out, err := exec.CommandContext(ctx, args[0], args[1:]...).Output()
@@ -81,5 +83,6 @@ func (m machine) same(o machine) bool {
 
 // text returns m for people.
 func (m machine) text() string {
-	return fmt.Sprintf("%s, %d cores, %s of memory, Linux %s; %s", m.CPU, m.Cores, m.Memory, m.Kernel, strings.Join(m.Versions, ", "))
+	return fmt.Sprintf("%s, %d cores, %s of memory, Linux %s, load average %.1f before the run; %s",
+		m.CPU, m.Cores, m.Memory, m.Kernel, m.Load, strings.Join(m.Versions, ", "))
 }
