@@ -44,6 +44,7 @@ type cluster struct {
 	port      int
 	pods      cache.Indexer
 	nodes     map[string]*node
+	router    *router.Router
 	observed  chan string // method and node of each call that failed
 	csi.IdentityClient
 	csi.ControllerClient
@@ -199,6 +200,7 @@ func (c *cluster) route(id pki.Source) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.router = r
 	l, err := net.Listen("unix", filepath.Join(c.t.TempDir(), "s"))
 	if err != nil {
 		c.t.Fatal(err)

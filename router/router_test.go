@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -522,4 +524,30 @@ func TestReplacedAgent(t *testing.T) {
 		_, err := c.ControllerGetVolume(t.Context(), &csi.ControllerGetVolumeRequest{VolumeId: id})
 		return err == nil
 	})
+}
+
+// TestUnhealthy: what is wrong is told of the nodes that answer.
+func TestUnhealthy(t *testing.T) {
+	c := newCluster(t, "a", "b")
+	id := c.create("v", "a")
+	c.down("a")
+	record := filepath.Join(c.nodes["a"].pool, "volumes", id, "volume.json")
+	if err := os.WriteFile(record, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.start("a")
+	var all []*csi.VolumeHealth
+	waitFor(t, "the agent that is back", func() (ok bool) {
+		var err error
+		all, err = c.router.Unhealthy(t.Context())
+		return err == nil
+	})
+	if len(all) != 1 || all[0].GetVolumeId() != id || all[0].GetHealthStatuses()[0].GetReason() != "RecordDamaged" {
+		t.Errorf("unhealthy are %v", all)
+	}
+	c.down("b")
+	all, err := c.router.Unhealthy(t.Context())
+	if len(all) != 1 || err == nil || !strings.Contains(err.Error(), "node b") {
+		t.Errorf("with node b down: %v, %v", all, err)
+	}
 }

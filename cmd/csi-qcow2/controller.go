@@ -10,9 +10,13 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"csi-qcow2/driver"
@@ -42,10 +46,11 @@ off nodes; all replicas forward.`,
 	return cmd
 }
 
-// How often the controller looks at its certificates and at the nodes.
+// How often the controller looks at its certificates, nodes and volumes.
 const (
 	certificatesEvery = 30 * time.Second
 	taintsEvery       = 5 * time.Second
+	healthEvery       = 15 * time.Second
 )
 
 // runController serves until ctx ends.
@@ -69,15 +74,19 @@ func runController(ctx context.Context, f controllerFlags) (err error) {
 	pods := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(f.namespace),
 		informers.WithTweakListOptions(func(o *metav1.ListOptions) { o.LabelSelector = f.selector }))
 	agents := pods.Core().V1().Pods().Lister().Pods(f.namespace)
-	nodes := informers.NewSharedInformerFactory(client, 0)
-	nodeLister := nodes.Core().V1().Nodes().Lister()
-	for _, factory := range []informers.SharedInformerFactory{pods, nodes} {
+	all := informers.NewSharedInformerFactory(client, 0)
+	nodeLister := all.Core().V1().Nodes().Lister()
+	volumes := all.Core().V1().PersistentVolumes().Informer()
+	if err := volumes.AddIndexers(lead.Indexers(f.driverName)); err != nil {
+		return err
+	}
+	for _, factory := range []informers.SharedInformerFactory{pods, all} {
 		factory.Start(background.Done())
 		defer factory.Shutdown()
 	}
 	defer stop() // before the factories shut down
 	pods.WaitForCacheSync(ctx.Done())
-	nodes.WaitForCacheSync(ctx.Done())
+	all.WaitForCacheSync(ctx.Done())
 
 	certificates := &lead.Certificates{
 		Secrets: client.CoreV1().Secrets(f.namespace), Authority: f.authority, Node: f.nodeSecret, Now: time.Now,
@@ -94,7 +103,17 @@ func runController(ctx context.Context, f controllerFlags) (err error) {
 	if err != nil {
 		return err
 	}
-	tasks := map[string]lead.Task{"renew certificates": {Every: certificatesEvery, Do: certificates.Renew}}
+	events := record.NewBroadcaster(record.WithContext(background))
+	events.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.CoreV1().Events("")})
+	defer events.Shutdown()
+	health := &lead.Events{
+		Recorder: events.NewRecorder(scheme.Scheme, corev1.EventSource{Component: f.driverName}),
+		Volumes:  volumes.GetIndexer(), Unhealthy: r.Unhealthy,
+	}
+	tasks := map[string]lead.Task{
+		"renew certificates": {Every: certificatesEvery, Do: certificates.Renew},
+		"tell users":         {Every: healthEvery, Do: health.Tell},
+	}
 	if f.startupTaint != "" {
 		taints := &lead.Taints{Nodes: client.CoreV1().Nodes(), Lister: nodeLister, Key: f.startupTaint,
 			Label: driver.TopologyKey(f.driverName), Ready: r.Ready}

@@ -1,6 +1,7 @@
 // Package lead does what one replica of the controller does for all: it makes
-// and renews the certificates, and takes start-up taints off nodes whose agent
-// is ready. Routing needs no leader.
+// and renews the certificates, takes start-up taints off nodes whose agent is
+// ready, and tells users by Events what is wrong with their volumes. Routing
+// needs no leader.
 //
 // # Support
 //

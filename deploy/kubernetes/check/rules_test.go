@@ -261,6 +261,13 @@ var rules = []rule{
 		func(c *cluster) { c.sidecars()[0].Args[0] = "--csi-address=/other.sock" },
 	},
 	{
+		"the driver is the first container", // patches of operators count on it
+		func(c *cluster) error {
+			return hold(c.pod.Containers[0].Name == "driver", "the first is %s", c.pod.Containers[0].Name)
+		},
+		func(c *cluster) { slices.Reverse(c.pod.Containers) },
+	},
+	{
 		"one holder",
 		func(c *cluster) error {
 			holder := c.container("holder")
