@@ -22,6 +22,7 @@ const DefaultName = "csi-qcow2.dev"
 type Attacher interface {
 	Attach(ctx context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error)
 	Reattach(ctx context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error)
+	Abandon(id string) error
 	Stale(ctx context.Context) ([]nbdexport.StaleDevice, error)
 }
 

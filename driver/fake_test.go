@@ -180,6 +180,9 @@ func (k fakeAttacher) Attach(_ context.Context, b nbdexport.Backend, o nbdexport
 	return d, k.stepLocked()
 }
 
+// Abandon does what the kernel does with an nbd device: nothing for now.
+func (k fakeAttacher) Abandon(string) error { return nil }
+
 // Reattach finds the device of a predecessor that the kernel has kept.
 func (k fakeAttacher) Reattach(_ context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error) {
 	k.mu.Lock()

@@ -131,6 +131,9 @@ func (d *Driver) restoreOne(ctx context.Context, v *stagedVolume) {
 		}
 		if final(err) || trying.Err() != nil {
 			d.put(&stagedVolume{hint: v.hint, loss: err})
+			if ctx.Err() == nil { // else the next process may take it over
+				err = errors.Join(err, d.opts.Attacher.Abandon(v.hint.deviceID()))
+			}
 			log.Error(err, "a staged volume has lost its device", "stagingPath", v.hint.StagingPath, "device", v.hint.Device)
 			return
 		}

@@ -150,6 +150,18 @@ func (a *Attacher) Reattach(ctx context.Context, b Backend, o DeviceOptions) (De
 	})
 }
 
+// Abandon gives up a device of an ended process that is not to be taken over: requests for it fail
+// that would wait. Those for an nbd device fail by themselves, when DeadConnTimeout is over.
+func (a *Attacher) Abandon(id string) error {
+	a.mu.Lock()
+	live := a.live[id] != nil
+	a.mu.Unlock()
+	if fuse, ok := a.drivers[KindFUSE].(*fuseDriver); ok && !live {
+		return fuse.drop(fuse.names.name(id))
+	}
+	return nil
+}
+
 // enter makes a device of b by connect and takes it into the table.
 func (a *Attacher) enter(what string, b Backend, o DeviceOptions, connect func(DeviceOptions) (Device, error)) (Device, error) {
 	o = o.withDefaults()

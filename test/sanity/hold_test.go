@@ -334,6 +334,34 @@ func (k *kubelet) health(id string) []string {
 	return all
 }
 
+// TestCacheLost: a device whose last writes are lost with the cache is not taken over, and nobody
+// waits for it.
+func TestCacheLost(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	id := k.create("v", 512, nil, "ext4")
+	k.use("v", id, "ext4")
+	writeFile(t, k.target("v")+"/f", []byte("hello"))
+	p.signal(syscall.SIGKILL)
+	if err := os.Remove(p.path("run/arena")); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	p.wait("the loss to show", func() bool {
+		h := k.health(id)
+		return len(h) == 1 && strings.Contains(h[0], "INACCESSIBLE DeviceLost")
+	})
+	if err := exec.Command("dd", "if="+k.target("v")+"/f", "of=/dev/null", "iflag=direct").Run(); err == nil {
+		t.Error("a lost device can be read")
+	}
+	k.use("v", id, "ext4")
+	wantFile(t, k.target("v")+"/f", []byte("hello"))
+	k.unuse("v", id)
+	k.deleteVolume(id)
+	k.finish()
+}
+
 // TestHolderAndProcessKilled: the devices are lost, the volumes say so, and staging them again repairs them.
 func TestHolderAndProcessKilled(t *testing.T) {
 	p := newProcess(t)
