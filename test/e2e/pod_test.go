@@ -60,7 +60,7 @@ func command(script string) podOption {
 // submit makes a pod that waits to be told what to do.
 func (s *space) submit(name string, options ...podOption) {
 	s.t.Helper()
-	var grace int64
+	grace := int64(1) // with 0 the pod would be gone before its processes are
 	p := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: corev1.PodSpec{

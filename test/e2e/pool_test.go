@@ -55,7 +55,7 @@ func TestCapacity(t *testing.T) {
 		})
 	}
 	s := newSpace(t)
-	s.claim("huge", "10Pi")
+	s.claim("huge", "9999Ti")
 	s.submit("pod", s.withClaim("huge"))
 	s.event("Pod", "pod", "did not have enough free storage")
 	if phase := s.getClaim("huge").Status.Phase; phase != corev1.ClaimPending {
@@ -90,7 +90,7 @@ func TestPoolFull(t *testing.T) {
 		}
 		return nil
 	})
-	s.claim("late", "200Mi", class(classSmall))
+	s.claim("late", "100Mi", class(classSmall))
 	s.submit("late", s.withClaim("late"))
 	s.event("Pod", "late", "did not have enough free storage")
 	s.want("content from before", s.sum("pod", mountPath+"/before", 16), sum)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // restarting is a writer that appends numbered lines and syncs each before it
@@ -55,9 +57,8 @@ func TestKubeletRestart(t *testing.T) {
 	s.complete("again")
 }
 
-// TestAgentKilled: the node agent dies under load. Nothing that a pod was told
-// is durable is lost, new volumes work, and so do the old ones: at the latest
-// in a new pod.
+// TestAgentKilled: the node agent dies under load, again and again. Pods do not
+// notice: what they were told is durable is there, and they go on.
 func TestAgentKilled(t *testing.T) {
 	s := newSpace(t)
 	s.claim("data", "64Mi")
@@ -66,29 +67,33 @@ func TestAgentKilled(t *testing.T) {
 	s.start("raw", s.withClaim("disk"))
 	sum := s.write("raw", devicePath, 16)
 	for range 3 {
-		said := s.said("pod")
+		said := s.said("pod", 20)
 		killAgent(t)
-		s.claimAfterKill()
-		s.stop("pod")
-		s.stop("raw")
-		s.start("pod", s.withClaim("data"), command(restarting))
-		s.start("raw", s.withClaim("disk"))
-		if now := s.complete("pod"); now < said {
-			t.Fatalf("%d lines after the kill, the writer had synced %d before", now, said)
-		}
+		s.said("pod", said+20)
+		s.want("restarts", fmt.Sprint(s.restarts("pod")), "0")
 		s.want("content of the device", s.sum("raw", devicePath, 16), sum)
+		s.freshVolume()
+	}
+	s.snapshot("taken", "data")
+	said := s.said("pod", 20)
+	s.stop("pod")
+	s.start("pod", s.withClaim("data"), command(restarting))
+	if now := s.complete("pod"); now < said {
+		t.Fatalf("%d lines in the next pod, the last one had synced %d", now, said)
 	}
 }
 
-// TestAgentReplaced: the agent's pod is deleted, as an upgrade does, and takes
-// its volumes over from the one before.
+// TestAgentReplaced: the agent's pod is deleted, as an upgrade does, and the
+// next one takes its volumes over: at the latest when their pods are replaced.
 func TestAgentReplaced(t *testing.T) {
 	s := newSpace(t)
 	s.claim("data", "64Mi")
 	s.start("pod", s.withClaim("data"), command(restarting))
-	said := s.said("pod")
+	said := s.said("pod", 20)
 	replaceAgent(t)
+	s.freshVolume()
 	s.stop("pod")
+	s.unstaged("data")
 	s.start("pod", s.withClaim("data"), command(restarting))
 	if now := s.complete("pod"); now < said {
 		t.Fatalf("%d lines after the replacement, the writer had synced %d before", now, said)
@@ -120,8 +125,8 @@ func TestSidecarsKilled(t *testing.T) {
 	eventually(t, "rest of the sidecars", agentReady)
 }
 
-// claimAfterKill: the new agent serves new volumes.
-func (s *space) claimAfterKill() {
+// freshVolume: the agent serves new volumes.
+func (s *space) freshVolume() {
 	s.t.Helper()
 	s.claim("fresh", "32Mi")
 	s.start("fresh", s.withClaim("fresh"))
@@ -130,15 +135,32 @@ func (s *space) claimAfterKill() {
 	s.deleteClaim("fresh")
 }
 
-// said returns the last line that the writer of a pod has said it had synced,
-// once there are some.
-func (s *space) said(pod string) int64 {
+// unstaged waits until the kubelet has let go of a claim's volume.
+func (s *space) unstaged(claim string) {
+	s.t.Helper()
+	handle := s.bound(claim).Spec.CSI.VolumeHandle
+	eventually(s.t, "unstaging of "+claim, func(ctx context.Context) error {
+		n, err := client.CoreV1().Nodes().Get(ctx, nodeName(), metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, used := range n.Status.VolumesInUse {
+			if strings.HasSuffix(string(used), handle) {
+				return fmt.Errorf("node %s uses %s", n.Name, used)
+			}
+		}
+		return nil
+	})
+}
+
+// said waits until the writer of a pod has said that it had synced this many
+// lines, and returns the last.
+func (s *space) said(pod string, lines int64) int64 {
 	s.t.Helper()
 	var last int64
-	eventually(s.t, "lines of "+pod, func(ctx context.Context) error {
-		var err error
-		if last, err = s.lastLine(ctx, pod); err == nil && last < 20 {
-			err = fmt.Errorf("%d lines so far", last)
+	eventually(s.t, "lines of "+pod, func(ctx context.Context) (err error) {
+		if last, err = s.lastLine(ctx, pod); err == nil && last < lines {
+			err = fmt.Errorf("%d lines so far, want %d", last, lines)
 		}
 		return err
 	})

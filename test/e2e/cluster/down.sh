@@ -4,11 +4,14 @@
 set -uo pipefail
 . "$(dirname "$0")/lib.sh"
 
-# Loop devices outlive the namespaces: the driver's, whose files are in its run
-# directory, and those that the kubelet puts on top of them for raw block volumes.
+# Loop devices outlive the namespaces: the driver's, and those that the kubelet
+# puts on top of them for raw block volumes. The driver's have files that are
+# named after their volumes, and these after their pool.
 loops=()
 if is_up; then
-	mapfile -t loops < <(inside sh -c 'losetup -l -n -O NAME,BACK-FILE | awk '\''$2 ~ "^/run/csi-qcow2/" { print $1 }'\')
+	for uuid in $(inside sh -c 'cat /var/lib/csi-qcow2*/pool.json' 2>/dev/null | grep -o '"uuid":"[0-9a-f]*' | cut -d'"' -f4); do
+		mapfile -t -O "${#loops[@]}" loops < <(losetup -l -n -O NAME,BACK-FILE | awk -v volume="/vol-${uuid:0:8}-" 'index($2, volume) { print $1 }')
+	done
 	kill -9 "$(init_pid)" # the kernel ends the whole pid namespace, and the mounts go with theirs
 	for ((i = 0; i < 100; i++)); do
 		[[ -d /proc/$(init_pid) ]] || break
