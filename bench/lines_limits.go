@@ -117,10 +117,13 @@ func serveIdle(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	var clients []net.Conn // a connection that nobody refers to would be closed
 	for i := range count {
-		if err := serveOne(ctx, tables, filepath.Join(args[0], strconv.Itoa(i)+".qcow2")); err != nil {
+		client, err := serveOne(ctx, tables, filepath.Join(args[0], strconv.Itoa(i)+".qcow2"))
+		if err != nil {
 			return err
 		}
+		clients = append(clients, client)
 	}
 	debug.FreeOSMemory()
 	after, err := residentBytes()
@@ -128,38 +131,38 @@ func serveIdle(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Println(float64(after-before) / 1024 / float64(count))
-	runtime.KeepAlive(tables)
 	io.Copy(io.Discard, os.Stdin) // its end is what counts
+	runtime.KeepAlive(clients)
 	return nil
 }
 
 // serveOne serves a new image, with the cache that all share, to a client that
-// sends a write and a flush, and no more.
-func serveOne(ctx context.Context, tables *cache.Cache, path string) error {
+// sends a write and a flush, and no more. It returns the client's end.
+func serveOne(ctx context.Context, tables *cache.Cache, path string) (net.Conn, error) {
 	created, err := os.Create(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	f, err := qcow2.NewOSFile(created, qcow2.FileOptions{Lock: qcow2.LockWrite})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := qcow2.Create(ctx, f, 1<<40, qcow2.CreateOptions{}); err != nil {
-		return err
+		return nil, err
 	}
 	im, err := qcow2.Open(ctx, f, qcow2.Options{Cache: tables})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var ends [2]net.Conn
 	for i, fd := range fds {
 		file := os.NewFile(uintptr(fd), "socket")
 		if ends[i], err = net.FileConn(file); err != nil {
-			return err
+			return nil, err
 		}
 		file.Close() // the connection has a duplicate
 	}
@@ -170,13 +173,13 @@ func serveOne(ctx context.Context, tables *cache.Cache, path string) error {
 		{Type: nbdtest.CmdFlush},
 	} {
 		if _, err := ends[1].Write(r.Encode(false)); err != nil {
-			return err
+			return nil, err
 		}
 		if _, err := io.ReadFull(ends[1], make([]byte, 16)); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return ends[1], nil
 }
 
 // residentBytes returns the memory of this process that is not files'.
