@@ -1,9 +1,10 @@
 // Command bench compares csi-qcow2 with its peers, and writes what it saw into
 // bench/RESULTS.md. `make bench` installs the peers and runs it.
 //
-//	go run ./bench -list                    names the lines of the table
+//	go run ./bench -list                    names the lines of the table and their groups
 //	go run ./bench -run '^read-4k-qd32$'    repeats one line
 //	go run ./bench -record                  runs all and writes RESULTS.md
+//	go run ./bench -record -run '^tools$'   runs a group and writes RESULTS.md again
 //	go run ./bench -record -resume          goes on where that was interrupted
 //
 // # Method

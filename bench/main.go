@@ -30,7 +30,7 @@ type options struct {
 
 func main() {
 	var o options
-	flag.StringVar(&o.run, "run", "", "run the lines whose name matches this `REGEXP`")
+	flag.StringVar(&o.run, "run", "", "run the lines whose name or group matches this `REGEXP`")
 	flag.IntVar(&o.pairs, "pairs", 5, "rounds of each line")
 	flag.DurationVar(&o.time, "time", time.Second, "how long one load runs")
 	flag.StringVar(&o.dir, "dir", "/dev/shm", "where images are made: a tmpfs with room for 8 GiB")
@@ -64,16 +64,16 @@ func bench(ctx context.Context, o options, args []string) error {
 	}
 	var chosen []*line
 	for _, l := range lines(sizesOfRecord) {
-		if re.MatchString(l.name) {
+		if re.MatchString(l.name) || re.MatchString(l.group) {
 			chosen = append(chosen, l)
 		}
 	}
 	if len(chosen) == 0 {
-		return fmt.Errorf("-run %q: no line has such a name; -list names them", o.run)
+		return fmt.Errorf("-run %q: no line or group has such a name; -list names them", o.run)
 	}
 	if o.list {
 		for _, l := range chosen {
-			fmt.Printf("%-28s %s\n", l.name, l.title)
+			fmt.Printf("%-10s %-26s %s\n", l.group, l.name, l.title)
 		}
 		return nil
 	}
