@@ -55,10 +55,16 @@
 // and a mounted filesystem turns into errors. So detach is refused with ErrDeviceBusy while there
 // is an opener.
 //
+// A thread that waits for its own device. When the process is killed, a thread that waits in the
+// kernel for a request to a device of ours (a first open, fsync, umount, a resize where that freezes the
+// queue) cannot end, so no descriptor of the process is closed: the kernel does not see that
+// the device has lost its server, no successor gets the locks, and the request is never answered.
+// So no thread of this process may wait so. Children may: see package aside.
+//
 // Nobody serves. Between the death of one process and the reconnect by the next, requests for an
 // nbd device wait in the driver, and they hold the queue: resize, freeze, del_gendisk and an open
 // that reads (the first one, for the partition table) wait behind them, for as long as
-// nbdDeadConnTimeout. Resize asks Health first; an attach opens the device once, so that later
+// DeadConnTimeout. Resize asks Health first; an attach opens the device once, so that later
 // opens read nothing; Clean writes nothing back.
 //
 // Probes. udev and blkid open a device after each change of it, and after a descriptor that could
@@ -75,6 +81,15 @@
 //   - After the ioctl NBD_DISCONNECT by another program the identifier stays in sysfs until a netlink DISCONNECT;
 //     the device is dead, not gone, and every open scans for partitions, with I/O errors in the kernel's log.
 //   - With a dead socket and no disconnect, an open reads nothing and does not wait.
+//   - RECONFIGURE takes a socket only for one that is marked dead, and says success in any case. When it has taken
+//     none, the server's end has ended as soon as our copy of the client's end is closed: that is looked at.
+//   - A process that is killed holds its sockets until its last thread is gone: then the kernel marks them dead.
+//   - A request that was under way at a kill is resent at the next look after a reconnect, 2.0 s apart with an
+//     io_timeout of 1 s: the kernel adds a second, rounded up to a power of two of its ticks.
+//   - Requests that have waited for DEAD_CONN_TIMEOUT fail, and so does every later one. That is not shown in
+//     sysfs or by STATUS; a reconnect would succeed after it. So the time is noted (see served).
+//   - All netlink commands of all families that have no lock of their own wait for each other. A RECONFIGURE with
+//     SIZE_BYTES that waits for the queue (in kernels that freeze it) would keep a reconnect from getting through.
 //   - There is no WRITE_ZEROES: mkfs.xfs writes out the zeroes of its log, 64 MiB by default.
 //
 // loop over FUSE, Linux 6.18:
