@@ -223,18 +223,9 @@ func (c *cluster) route(id pki.Source) {
 	c.GroupControllerClient, c.SnapshotMetadataClient = csi.NewGroupControllerClient(conn), csi.NewSnapshotMetadataClient(conn)
 }
 
-// noDevices is the attacher of agents whose volumes nobody stages.
-type noDevices struct{}
-
-var errNoDevices = errors.New("no devices here")
-
-func (noDevices) Attach(context.Context, nbdexport.Backend, nbdexport.DeviceOptions) (nbdexport.Device, error) {
-	return nil, errNoDevices
-}
-
-func (noDevices) Reattach(context.Context, nbdexport.Backend, nbdexport.DeviceOptions) (nbdexport.Device, error) {
-	return nil, errNoDevices
-}
+// noDevices is the attacher of agents whose volumes nobody stages: what else
+// they ask of it is a panic.
+type noDevices struct{ driver.Attacher }
 
 func (noDevices) Stale(context.Context) ([]nbdexport.StaleDevice, error) { return nil, nil }
 

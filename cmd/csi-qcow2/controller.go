@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -89,7 +90,16 @@ func runController(ctx context.Context, f controllerFlags) (err error) {
 	all.WaitForCacheSync(ctx.Done())
 
 	certificates := &lead.Certificates{
-		Secrets: client.CoreV1().Secrets(f.namespace), Authority: f.authority, Node: f.nodeSecret, Now: time.Now,
+		Secrets: client.CoreV1().Secrets(f.namespace), Authority: f.authority, Now: time.Now,
+		Issue: map[string]pki.Role{f.nodeSecret: pki.Node},
+	}
+	if f.metadata.secret != "" {
+		resources, err := dynamic.NewForConfig(config)
+		if err != nil {
+			return err
+		}
+		certificates.Issue[f.metadata.secret] = pki.Role{Name: f.metadata.host, Serves: true}
+		certificates.Publish = lead.PublishMetadataCA(resources, f.driverName)
 	}
 	workers.Go(func() {
 		lead.Repeat(background, "load certificate", lead.Task{Every: certificatesEvery, Do: certificates.Load})

@@ -24,11 +24,16 @@ type controllerFlags struct {
 	nodePort     int
 	authority    string
 	nodeSecret   string
+	metadata     metadataFlags
 	startupTaint string
 	metrics      string
 	drain        time.Duration
 	log          logFlags
 }
+
+// metadataFlags are about the certificate of the snapshot metadata sidecar,
+// which serves backup programs.
+type metadataFlags struct{ secret, host string }
 
 func defaultControllerFlags() controllerFlags {
 	host, err := os.Hostname()
@@ -62,6 +67,8 @@ func (f *controllerFlags) add(flags *pflag.FlagSet) {
 	flags.IntVar(&f.nodePort, "node-port", f.nodePort, "TCP port of the node agents, their --remote-address")
 	flags.StringVar(&f.authority, "ca-secret", f.authority, "Secret in which the controller keeps its CA; it must exist, and may be empty")
 	flags.StringVar(&f.nodeSecret, "node-secret", f.nodeSecret, "Secret for the certificate of the node agents, which they mount as their --tls-dir; it must exist, and may be empty")
+	flags.StringVar(&f.metadata.secret, "snapshot-metadata-secret", "", "Secret for the certificate of the snapshot metadata sidecar, which must exist, and may be empty; the CA goes into the SnapshotMetadataService of the driver's name. Empty without that sidecar")
+	flags.StringVar(&f.metadata.host, "snapshot-metadata-host", "", "host name in the address of the SnapshotMetadataService")
 	flags.StringVar(&f.startupTaint, "startup-taint", f.startupTaint, "taint to take off nodes whose agent is ready; empty for none")
 	flags.StringVar(&f.metrics, "metrics-address", "", "TCP address to serve /metrics and /healthz on; empty for none")
 	flags.DurationVar(&f.drain, "drain-timeout", f.drain, "how long running calls may take to finish after SIGTERM")
@@ -85,6 +92,9 @@ func (f *controllerFlags) validate() error {
 	}
 	if _, err := labels.Parse(f.selector); err != nil || f.selector == "" {
 		fail("--node-selector %q: want labels of the node agents' Pods", f.selector)
+	}
+	if (f.metadata.secret == "") != (f.metadata.host == "") {
+		fail("--snapshot-metadata-secret and --snapshot-metadata-host: want both or neither")
 	}
 	if f.nodePort < 1 || f.nodePort > 65535 {
 		fail("--node-port %d: want 1 to 65535", f.nodePort)

@@ -23,9 +23,11 @@ const authorityKeys = "ca.key"
 // Certificates keeps the authority and the identities that it issues in Secrets.
 type Certificates struct {
 	Secrets   typedcorev1.SecretInterface
-	Authority string // name of the Secret with the CA
-	Node      string // name of the Secret with the identity of the node agents
+	Authority string              // name of the Secret with the CA
+	Issue     map[string]pki.Role // whose identities are kept, by the name of their Secret
 	Now       func() time.Time
+	// Publish, if not nil, makes the bundle known to those who mount no Secret.
+	Publish func(ctx context.Context, bundle []byte) error
 
 	own atomic.Pointer[pki.Identity] // the controller's
 }
@@ -36,7 +38,19 @@ func (c *Certificates) Renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	secret, err := c.get(ctx, c.Node)
+	var errs []error
+	for name, role := range c.Issue {
+		errs = append(errs, c.renew(ctx, authority, name, role))
+	}
+	if c.Publish != nil {
+		errs = append(errs, c.Publish(ctx, authority.Certificates()))
+	}
+	return errors.Join(errs...)
+}
+
+// renew makes the identity in the Secret name again, if it is not current.
+func (c *Certificates) renew(ctx context.Context, authority *pki.Authority, name string, role pki.Role) error {
+	secret, err := c.get(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -45,10 +59,10 @@ func (c *Certificates) Renew(ctx context.Context) error {
 		Key:         secret.Data[pki.KeyName],
 		Bundle:      secret.Data[pki.BundleName],
 	}
-	if authority.Current(id, pki.Node, c.Now()) {
+	if authority.Current(id, role, c.Now()) {
 		return nil
 	}
-	if id, err = authority.Issue(pki.Node, c.Now()); err != nil {
+	if id, err = authority.Issue(role, c.Now()); err != nil {
 		return err
 	}
 	return c.update(ctx, secret, map[string][]byte{

@@ -7,10 +7,12 @@
 //
 //	Secret of the authority    CA certificates and keys: ca.crt, ca.key
 //	Secret of the node agents  tls.crt, tls.key, ca.crt; mounted by every agent
+//	Secret of the sidecar      the same for the snapshot metadata sidecar, which serves backup
+//	                           programs; they find the CA in the SnapshotMetadataService
 //	The controller's identity  made by each replica for itself, in memory
 //
-// Both Secrets are part of the manifests and empty at first: so the controller
-// needs the right to get and update these two, and none to create or list.
+// The Secrets are part of the manifests and empty at first: so the controller
+// needs the right to get and update these, and none to create or list.
 //
 // # Concurrency
 //

@@ -36,7 +36,7 @@ func emptySecret(name string) *corev1.Secret {
 
 // newCertificates returns Certificates at a time that the test sets.
 func newCertificates(client *fake.Clientset, now *time.Time) *Certificates {
-	return &Certificates{Secrets: client.CoreV1().Secrets(namespace), Authority: "ca", Node: "node", Now: func() time.Time { return *now }}
+	return &Certificates{Secrets: client.CoreV1().Secrets(namespace), Authority: "ca", Issue: map[string]pki.Role{"node": pki.Node}, Now: func() time.Time { return *now }}
 }
 
 func TestCertificates(t *testing.T) {

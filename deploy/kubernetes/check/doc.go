@@ -7,11 +7,12 @@
 //
 // # Support
 //
-// The kustomizations overlays/* and examples. An object must be of a
+// The kustomizations overlays/* and examples, and the components on top of them. An object must be of a
 // kind whose type is known here, and may have no field that the type lacks.
 // Every rule has a change of the manifests that it must notice.
 //
 // # Spec
 //
-// Kubernetes API 1.36, snapshot.storage.k8s.io/v1.
+// Kubernetes API 1.36, snapshot.storage.k8s.io/v1, groupsnapshot.storage.k8s.io/v1,
+// cbt.storage.k8s.io/v1beta1.
 package check

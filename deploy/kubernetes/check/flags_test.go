@@ -6,6 +6,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"sigs.k8s.io/kustomize/kyaml/filesys"
 )
 
 // TestDriverKnowsItsFlags builds the driver and holds the arguments in the
@@ -23,6 +25,10 @@ func TestDriverKnowsItsFlags(t *testing.T) {
 	}
 	for _, dir := range overlays {
 		wantKnown(t, binary, "node", newCluster(t, dir).agent.Args)
+	}
+	own := ownKustomization(t, "resources: [../overlays/standard]\ncomponents: [../components/metrics, ../components/snapshot-metadata]\n")
+	for _, pod := range podsOf(render(t, filesys.MakeFsOnDisk(), own)) {
+		wantKnown(t, binary, pod.Spec.Containers[0].Args[0], pod.Spec.Containers[0].Args)
 	}
 }
 
