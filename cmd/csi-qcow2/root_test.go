@@ -54,6 +54,8 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"node", "--frobnicate"}, "--frobnicate"},
 		{[]string{"node", "--device", "floppy"}, `"floppy"`},
 		{[]string{"node", "now"}, `"now"`},
+		{[]string{"holder", "--run-dir", "here"}, `"here"`},
+		{[]string{"holder", "now"}, `"now"`},
 	} {
 		code, out, said := runArgs(t, c.args...)
 		if code != exitUsage || !strings.Contains(said, c.want) || strings.Count(said, "\n") != 1 || out != "" {
