@@ -3,6 +3,7 @@ package volume
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 
 	"csi-qcow2/cache"
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/qcow2"
 )
 
 // newCache returns a cache for a pool of a test.
@@ -75,15 +77,38 @@ func openPool(t *testing.T, dir string, o Options) *Pool {
 // checkImages runs qemu-img check over every image of a pool.
 func checkImages(t *testing.T, dir string) {
 	t.Helper()
-	for _, pattern := range []string{"volumes/*/disk.qcow2", "volumes/*/views/*.qcow2"} {
-		images, err := filepath.Glob(filepath.Join(dir, pattern))
+	for _, image := range images(t, dir) {
+		qemutest.Check(t, image)
+	}
+}
+
+// checkImagesHere checks every image of a pool with this program.
+func checkImagesHere(t *testing.T, dir string) {
+	t.Helper()
+	for _, image := range images(t, dir) {
+		f, err := qcow2.OpenFile(image, qcow2.FileOptions{ReadOnly: true})
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, image := range images {
-			qemutest.Check(t, image)
+		res, err := qcow2.CheckFile(t.Context(), f, qcow2.CheckOptions{})
+		if err := errors.Join(err, f.Close()); err != nil || res.Corruptions+res.Leaks+res.CheckErrors > 0 {
+			t.Errorf("check %s: %+v, %v", image, res, err)
 		}
 	}
+}
+
+// images returns the images of a pool, views too.
+func images(t *testing.T, dir string) []string {
+	t.Helper()
+	var all []string
+	for _, pattern := range []string{"volumes/*/disk.qcow2", "volumes/*/views/*.qcow2"} {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, found...)
+	}
+	return all
 }
 
 // create makes a volume of 8 MiB.
