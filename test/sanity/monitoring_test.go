@@ -44,7 +44,7 @@ func TestMonitoring(t *testing.T) {
 
 	p := newProcess(t)
 	node := freeAddress(t)
-	p.args = []string{"--metrics-address", node, "--overcommit", "1000"}
+	p.args = []string{"--metrics-address", node, "--overcommit", "1000", "--logging-format", "json", "--verbosity", "4"}
 	p.start()
 	k := newKubelet(p)
 	source := k.create("source", 512, nil, "ext4")
@@ -77,6 +77,25 @@ func TestMonitoring(t *testing.T) {
 		t.Errorf("alerts and dashboard ask for %d metrics only: %v", len(asked), slices.Sorted(maps.Keys(asked)))
 	}
 	k.unuse("source", source)
+	wantJSON(t, p.log.String())
+}
+
+// wantJSON checks that each line of a log is an object with a message.
+func wantJSON(t *testing.T, log string) {
+	t.Helper()
+	lines := 0
+	for line := range strings.Lines(log) {
+		var entry struct {
+			Time, Level, Msg string
+		}
+		if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Time == "" || entry.Level == "" || entry.Msg == "" {
+			t.Errorf("a line of the log is no JSON: %v, %s", err, line)
+		}
+		lines++
+	}
+	if lines < 10 {
+		t.Errorf("%d lines of log", lines)
+	}
 }
 
 // freeAddress returns a TCP address that nobody listens on.
