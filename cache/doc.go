@@ -58,8 +58,8 @@
 //     before it stored.
 //  3. syncs.
 //
-// So a pass syncs once, and once more for each class above 0 that has dirty
-// tables. A change whose order is the reverse (an entry goes before its
+// So a pass syncs once, and at most once more for each class above 0 that has
+// dirty tables. A change whose order is the reverse (an entry goes before its
 // reference count falls) is the caller's: it holds the second back until the
 // first is durable, for which Mark and Done are made.
 //

@@ -27,6 +27,8 @@ type Handle struct {
 	failure atomic.Pointer[error] // first failed write or sync, nil if none; changed under mu
 	ndirty  atomic.Int64          // dirty tables: listed, in a pass or in the attic; changed under mu
 
+	ordered  atomic.Bool    // see Order; a pass takes it back
+	written  bool           // the running pass has written tables since its last sync
 	wg       sync.WaitGroup // the goroutines of passes
 	cond     *sync.Cond     // on mu: a pass has ended, or has made tables clean
 	quiet    *sync.Cond     // on mu: a write of a pass has ended, or all loads have

@@ -107,6 +107,7 @@ func newHandle(c *Cache, f File, o HandleOptions) *Handle {
 		released: make(chan struct{}),
 	}
 	h.cond, h.quiet = sync.NewCond(&h.mu), sync.NewCond(&h.mu)
+	h.ordered.Store(true) // what a predecessor wrote past its cache
 	h.clean.init()
 	for i := range h.dirty {
 		h.dirty[i].init()

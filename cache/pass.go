@@ -109,8 +109,8 @@ func (h *Handle) cleanable() bool {
 // Otherwise it returns the first error of a pass of this handle: after one
 // failure none succeeds, and the dirty tables stay dirty.
 //
-// A pass syncs once if nothing is dirty, and once more for each class above 0
-// that has dirty tables.
+// A pass syncs once, and once more before each class above 0 that has dirty
+// tables, if there is something to order before those.
 func (h *Handle) WriteBack() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -127,6 +127,16 @@ func (h *Handle) WriteBack() error {
 			h.startLocked()
 		}
 		h.cond.Wait()
+	}
+}
+
+// Order makes what the caller has written to the file past the cache, before it
+// calls, durable before any table of a class above 0 is written that it stores
+// into later. Without it a pass that has nothing to write in the lower classes
+// does not sync before it writes those of a higher one.
+func (h *Handle) Order() {
+	if !h.ordered.Load() {
+		h.ordered.Store(true)
 	}
 }
 
@@ -240,10 +250,15 @@ func (h *Handle) settle(c Class) error {
 		if c > 0 {
 			// The barrier: what the copies depend on, and the data that was
 			// written before they were taken, is durable before they are written.
-			if err := h.sync(base + n); err != nil {
-				return err
+			// Order comes before the stores that need it: if the copies have such
+			// a store, this pass sees the call, or an earlier sync has served it.
+			if ordered := h.ordered.Swap(false); ordered || h.written {
+				if err := h.sync(base + n); err != nil {
+					return err
+				}
 			}
 		}
+		h.written = true
 		if err := h.write(c, base, n); err != nil {
 			return err
 		}
@@ -363,6 +378,7 @@ func (h *Handle) sync(base int) error {
 		return fmt.Errorf("cache: sync: %w", err)
 	}
 	h.counters.syncs.Add(1)
+	h.written = false
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	a, slots := h.c.arena, h.c.slots

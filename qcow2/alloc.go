@@ -56,7 +56,7 @@ const (
 
 	aheadClusters = 64       // of the tail that are taken ahead
 	maxFreed      = 4096     // runs that are remembered; more are found by the cursor
-	fileStepMin   = 1 << 20  // bytes by which a host file grows at least …
+	fileStepMin   = 1 << 20  // bytes by which a host file grows at least, if not by what is taken ahead …
 	fileStepMax   = 64 << 20 // … and at most
 	fileStepShare = 8        // else by an eighth of its size
 )
@@ -193,14 +193,21 @@ func (im *Image) returnAhead() error {
 	a.mu.Lock()
 	r := a.ahead
 	a.ahead = run{}
-	if r.n > 0 && r.first+hostCluster(r.n) == a.tail {
+	atTail := r.first+hostCluster(r.n) == a.tail
+	if r.n > 0 && atTail {
 		a.tail = r.first
 	}
 	a.mu.Unlock()
 	if r.n == 0 {
 		return nil
 	}
-	return im.addRefcounts(r.first, r.n, -1)
+	err := im.addRefcounts(r.first, r.n, -1)
+	if err == nil && !atTail {
+		a.mu.Lock()
+		a.rememberFreed(r.first, r.n)
+		a.mu.Unlock()
+	}
+	return err
 }
 
 // takeFreed takes from the runs that were freed lately. Preconditions: a.mu is held.
@@ -409,7 +416,7 @@ func (im *Image) extendFileLocked(end int64) error {
 	if end <= size {
 		return nil
 	}
-	step := min(max(size/fileStepShare, fileStepMin), fileStepMax)
+	step := min(max(size/fileStepShare, fileStepMin, aheadClusters*im.geo.clusterSize), fileStepMax)
 	size = im.geo.roundUp(max(end, size+step))
 	if err := im.f.Truncate(size); err != nil {
 		return fmt.Errorf("qcow2: extend the image file to %d bytes: %w", size, err)

@@ -8,7 +8,10 @@ import "fmt"
 //
 //	E1  Data, and what copy on write copied, is durable before the L2 entry
 //	    that shows it: it is written before the entry is stored in the cache,
-//	    and L2 tables are written only after a sync that began later.
+//	    and L2 tables are written only after a sync that began later. Not so for
+//	    data in a cluster that was never written, where the guest saw zeroes
+//	    before: what is lost of it is what the guest saw. That the file is long
+//	    enough for the cluster is durable before the entry always.
 //	E2  A refcount that rises is durable before the table entry that uses the
 //	    cluster: class refblock and reftable before L2 before L1.
 //	E3  A table entry that drops a cluster is durable before its refcount
@@ -28,8 +31,9 @@ import "fmt"
 // never need a cycle broken, unlike QEMU's, whose L2 and refcount caches may each
 // wait for the other.
 
-// Flush implements Disk. Concurrent calls share their passes. It costs one sync
-// when no table changed, two after allocations, three when an L2 table is new.
+// Flush implements Disk. Concurrent calls share their passes. It costs one sync,
+// two when there was something to order: refcounts that rose (not after every
+// allocation, see allocator), copied or reused clusters; three when an L2 table is new.
 func (im *Image) Flush() error {
 	if err := im.flush(); err != nil {
 		return err

@@ -142,6 +142,9 @@ func (im *Image) Close() error {
 // Preconditions: the gate is held alone, and no request is under way.
 func (im *Image) settle() error {
 	q := &im.quarantine
+	if err := im.returnAhead(); err != nil {
+		return err
+	}
 	for {
 		if err := im.handle.WriteBack(); err != nil {
 			return err

@@ -1,6 +1,6 @@
 package qcow2
 
-// maxMaking is how many requests of an image make or copy L2 tables at a time.
+// maxMaking is how many L2 tables of an image are made, copied or swept at a time.
 // After a snapshot every write may need a copy. Each is some hundred steps in the
 // cache, which are fast while few take them: all writers of a deep queue at
 // once would hold each other up at every step, and all would end late.
@@ -114,8 +114,17 @@ func (im *Image) loadL2(r l2Run, entries []l2Entry) error {
 	return nil
 }
 
-// storeL2 stores entries at r: the moment at which readers see the change.
+// storeL2 stores entries at r: the moment at which readers see the change. What
+// was written to the clusters that they name is durable before them (E1).
 func (im *Image) storeL2(r l2Run, entries []l2Entry) error {
+	im.handle.Order()
+	return im.storeUnordered(r, entries)
+}
+
+// storeUnordered is storeL2 without E1: for entries that show no data, and for
+// clusters that show what the guest saw there before when the data written to them is
+// lost: zeroes.
+func (im *Image) storeUnordered(r l2Run, entries []l2Entry) error {
 	t, err := im.handle.Get(classL2, int64(r.table)+r.slice)
 	if err != nil {
 		return err

@@ -268,9 +268,11 @@ func (im *Image) sweepAll(ctx context.Context, c *cut) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		im.making <- struct{}{} // writers that queue for a table go first
 		held := im.l1Claims.acquire(uint64(i), uint64(i), 1)
 		err := im.sweepTable(c, i)
 		im.l1Claims.release(held)
+		<-im.making
 		if err == nil {
 			err = im.pause()
 		}

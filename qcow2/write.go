@@ -103,7 +103,11 @@ func (im *Image) writeNew(p []byte, off int64) (int, error) {
 	for i := range old {
 		entries[i] = makeL2(g.hostOffset(first+hostCluster(i)), true, false)
 	}
-	if err := im.storeL2(r, entries[:n]); err != nil {
+	store := im.storeL2
+	if fresh && im.readZero(old, c) {
+		store = im.storeUnordered
+	}
+	if err := store(r, entries[:n]); err != nil {
 		im.free(first, n)
 		return 0, err
 	}
@@ -175,6 +179,18 @@ func (im *Image) writeAround(p []byte, off int64, host HostOffset, first, last l
 	bufs := [3][]byte{buf[:head], p, buf[head : head+tail]}
 	_, err := im.f.WritevAt(bufs[:], int64(host))
 	return err
+}
+
+// readZero reports whether the clusters from c on, whose entries are given, are
+// known to be zero without reading.
+func (im *Image) readZero(entries []l2Entry, c guestCluster) bool {
+	for i, e := range entries {
+		off := int64(im.geo.guestOffset(c + guestCluster(i)))
+		if !im.readsZero(e, off, im.geo.clusterSize) {
+			return false
+		}
+	}
+	return true
 }
 
 // readsZero reports whether [off, off+n), inside the cluster of entry e, is known

@@ -167,7 +167,7 @@ func (im *Image) remap(c guestCluster, n int64, become func(l2Entry) (l2Entry, b
 	if err != nil {
 		return 0, err
 	}
-	if err := im.storeL2(g.l2Run(table, c), now[:n]); err != nil {
+	if err := im.storeUnordered(g.l2Run(table, c), now[:n]); err != nil {
 		return 0, err
 	}
 	for i, e := range old[:n] {
