@@ -91,6 +91,11 @@ bench: ## compare with the peers, write bench/RESULTS.md; ARGS='-pairs 9 -run RE
 	@hack/deps.sh demo test
 	@go run ./bench -record $(ARGS)
 
+.PHONY: bench-stall
+bench-stall: ## how long a snapshot of a full 2 TiB image keeps writers waiting; needs 8 GiB in /dev/shm
+	@hack/deps.sh demo test
+	@go run ./bench/stall $(ARGS)
+
 .PHONY: bench-go
 bench-go: ## run Go's benchmarks: time, bytes and allocations per operation
 	go test -run '^$$' -bench . -benchmem ./...
