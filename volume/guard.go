@@ -56,8 +56,9 @@ type guard struct {
 	// left is how many bytes guests may still allocate until the next look: so
 	// however fast they write, they do not pass StopAt by more than others put
 	// there meanwhile.
-	left    atomic.Int64
-	refused atomic.Uint64 // writes
+	left      atomic.Int64
+	refused   atomic.Uint64 // writes
+	refusedAt atomic.Int64  // the last one, Unix time in nanoseconds
 
 	mu       sync.Mutex
 	promised int64 // virtual sizes of volumes that are being made or expanded, bytes; guarded by mu
@@ -89,9 +90,16 @@ func (g Guard) level(c Capacity) Level {
 // Level returns how full the pool is that has the capacity c.
 func (p *Pool) Level(c Capacity) Level { return p.guard.opts.level(c) }
 
-// Stopped reports whether guest writes that need space get ENOSPC, as far as
-// the last look and the writes since tell.
-func (p *Pool) Stopped() bool { return p.guard.opts.StopAt > 0 && p.guard.left.Load() <= 0 }
+// stoppedFor is how long a refused write counts: just below StopAt small writes
+// may pass where large ones do not.
+const stoppedFor = time.Minute
+
+// Stopped reports whether guest writes that need space get ENOSPC, or did a
+// moment ago.
+func (p *Pool) Stopped() bool {
+	g := &p.guard
+	return g.opts.StopAt > 0 && (g.left.Load() <= 0 || time.Since(time.Unix(0, g.refusedAt.Load())) < stoppedFor)
+}
 
 // Refused returns how many guest writes were refused for want of space.
 func (p *Pool) Refused() uint64 { return p.guard.refused.Load() }
@@ -171,6 +179,7 @@ func (p *Pool) admit(n int64) error {
 		return nil
 	}
 	p.guard.refused.Add(1)
+	p.guard.refusedAt.Store(time.Now().UnixNano())
 	return fmt.Errorf("pool %q is more than %g %% full: %w", p.path, 100*p.guard.opts.StopAt, unix.ENOSPC)
 }
 

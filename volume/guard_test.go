@@ -151,8 +151,8 @@ func TestStop(t *testing.T) {
 	if err := d.Image.Flush(); err != nil {
 		t.Errorf("flush: %v", err)
 	}
-	if p.Refused() == 0 {
-		t.Error("no refusal was counted")
+	if p.Refused() == 0 || !p.Stopped() {
+		t.Errorf("%d refusals were counted, stopped %v", p.Refused(), p.Stopped())
 	}
 	snap, err := p.CreateSnapshot(t.Context(), "s", v.ID)
 	if err != nil {
@@ -166,6 +166,12 @@ func TestStop(t *testing.T) {
 	}
 	if err := p.look(); err != nil { // the real file system has room
 		t.Fatal(err)
+	}
+	if !p.Stopped() {
+		t.Error("the refusals of a moment ago are forgotten")
+	}
+	if p.guard.refusedAt.Add(-int64(stoppedFor)); p.Stopped() {
+		t.Error("it counts as stopped with room again")
 	}
 	if _, err := d.Image.WriteAt(data, 16<<20); err != nil {
 		t.Errorf("with room again: %v", err)
