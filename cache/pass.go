@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"sync"
-	"unsafe"
 )
 
 // chunkTables bounds the copies of one class that a pass holds, to 4 MiB, and
@@ -19,15 +17,6 @@ const (
 	copiesPerLock = 16
 	cleansPerLock = 128
 )
-
-// keptBytes is the size of the copy buffers that a handle keeps from pass to pass.
-const keptBytes = 64 << 10
-
-// chunkBuffers are the copy buffers of larger passes. One pass after the other
-// of an image that is swept would fill the heap with them.
-var chunkBuffers = sync.Pool{New: func() any { return (*[chunkBytes]byte)(alignedBuffer(chunkBytes)) }}
-
-const chunkBytes = chunkTables * slotBytes
 
 // An item is a dirty table in a pass: taken from its dirty list, copied,
 // written and, after the next Datasync, made clean. Guarded by Handle.mu.
@@ -190,10 +179,8 @@ func (h *Handle) pass() {
 		err = h.sync(0)
 	}
 	for c, b := range h.bufs {
-		if len(b) > keptBytes {
-			chunkBuffers.Put((*[chunkBytes]byte)(b))
-			h.bufs[c] = nil
-		}
+		putCopyBuffer(b)
+		h.bufs[c] = nil
 	}
 
 	h.mu.Lock()
@@ -295,10 +282,9 @@ func (h *Handle) take(c Class, n int) int {
 // copy copies the tables of items [base, base+n) to the buffer of class c.
 func (h *Handle) copy(c Class, base, n int) {
 	size := h.o.SliceBytes
-	if need := n * size; need > keptBytes && len(h.bufs[c]) < chunkBytes {
-		h.bufs[c] = chunkBuffers.Get().(*[chunkBytes]byte)[:]
-	} else if len(h.bufs[c]) < need {
-		h.bufs[c] = alignedBuffer(keptBytes)
+	if len(h.bufs[c]) < n*size {
+		putCopyBuffer(h.bufs[c])
+		h.bufs[c] = getCopyBuffer(n * size)
 	}
 	for k := 0; k < n; {
 		// A drop, and the reuse of its slot, comes before or after the copy. The
@@ -412,11 +398,4 @@ func (h *Handle) returnLocked(base int) {
 		}
 	}
 	h.items = h.items[:base]
-}
-
-// alignedBuffer returns n bytes that start at a page, for direct I/O.
-func alignedBuffer(n int) []byte {
-	b := make([]byte, n+pageBytes)
-	skip := -int(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) & (pageBytes - 1)
-	return b[skip : skip+n : skip+n]
 }
