@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"csi-qcow2/cache"
@@ -347,6 +348,13 @@ func (r *killRun) do(clusterSize int64) error {
 		_, err := r.im.CreateSnapshot(ctx, qcow2.Snapshot{ID: r.doing.snapshot})
 		r.snaps[r.doing.snapshot] = bytes.Clone(r.content)
 		return err
+	case k < 19 && len(r.snaps) == 1 && r.revertible() != "" && rng.IntN(2) == 0: // refcounts of 2 bits hold one reference more
+		id := r.revertible()
+		r.doing = killDoing{text: "revert", off: 0, n: size, now: r.snaps[id]}
+		err := r.im.ApplySnapshot(ctx, id)
+		r.content = bytes.Clone(r.snaps[id])
+		r.flushed, r.since = bytes.Clone(r.content), nil
+		return err
 	case k < 19 && len(r.snaps) > 0:
 		for id := range maps.Keys(r.snaps) {
 			r.doing = killDoing{text: "delete snapshot", snapshot: id}
@@ -363,6 +371,16 @@ func (r *killRun) do(clusterSize int64) error {
 		return err
 	}
 	return nil
+}
+
+// revertible returns a snapshot of the size that the image has, "" for none.
+func (r *killRun) revertible() string {
+	for _, id := range slices.Sorted(maps.Keys(r.snaps)) {
+		if len(r.snaps[id]) == len(r.content) {
+			return id
+		}
+	}
+	return ""
 }
 
 // TestKilledAnywhere kills the process at every kind of moment and takes over.
