@@ -3,13 +3,16 @@ package sanity
 import (
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
@@ -181,5 +184,80 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 		k.unuse(fmt.Sprint("source", i), id)
 		k.deleteVolume(id)
 	}
+	k.finish()
+}
+
+// The process is killed again and again while it takes snapshots of a filesystem
+// under writers. Whatever it was doing, the filesystem is not left frozen: with
+// the next process, the writers go on.
+func TestKilledWhileSnapshotting(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	id := k.create("source", 512, nil, "ext4")
+	k.use("source", id, "ext4")
+	stop := writers(t, k.target("source"))
+	random := rand.New(rand.NewPCG(1, uint64(os.Getpid())))
+	for round := range 6 {
+		p.wait("a snapshot", func() bool { // the device has to be taken over first
+			_, err := k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: fmt.Sprint("first-", round), SourceVolumeId: id})
+			return err == nil
+		})
+		var killed atomic.Bool
+		ended := make(chan struct{})
+		go func() { // ends with the process
+			defer close(ended)
+			for i := 0; !killed.Load(); i++ {
+				name := fmt.Sprintf("snap-%d-%d", round, i)
+				_, err := k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: id})
+				if err != nil && !killed.Load() {
+					t.Errorf("%s: %v", name, err)
+					return
+				}
+			}
+		}()
+		// The moment of the kill is what varies.
+		time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
+		killed.Store(true)
+		if err := p.signal(syscall.SIGKILL); err == nil {
+			t.Fatal("the process ended well after SIGKILL")
+		}
+		<-ended
+		p.start()
+		written := make(chan error, 1)
+		go func() { // ends when the filesystem answers
+			written <- os.WriteFile(k.target("source")+"/probe", []byte{byte(round)}, 0o600)
+		}()
+		p.wait("a write after the kill", func() bool {
+			select {
+			case err := <-written:
+				if err != nil {
+					t.Fatal(err)
+				}
+				return true
+			default:
+				return false
+			}
+		})
+		p.wait("the filesystem to be thawed", func() bool {
+			records, err := os.ReadDir(p.path("run/frozen"))
+			return os.IsNotExist(err) || len(records) == 0
+		})
+	}
+	stop()
+	p.wait("the snapshots to be listed", func() bool {
+		resp, err := k.ListSnapshots(k.rpc(), &csi.ListSnapshotsRequest{SourceVolumeId: id})
+		if err != nil {
+			return false
+		}
+		for _, e := range resp.GetEntries() {
+			if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: e.GetSnapshot().GetSnapshotId()}); err != nil {
+				return false
+			}
+		}
+		return true
+	})
+	k.unuse("source", id)
+	k.deleteVolume(id)
 	k.finish()
 }
