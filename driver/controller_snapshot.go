@@ -20,6 +20,7 @@ func parseFreeze(parameters map[string]string) (bool, error) {
 	for name, value := range parameters {
 		switch {
 		case strings.HasPrefix(name, foreignPrefix):
+		case name == "deletionPolicy": // of group classes that Kubernetes' own tests make; the CO keeps to it
 		case name != "freeze":
 			return false, fmt.Errorf("%w: unknown snapshot parameter %q; known is freeze", errInvalid, name)
 		case value != "true" && value != "false":
