@@ -24,7 +24,9 @@ type metadataRig struct {
 
 func newMetadataRig(t *testing.T) *metadataRig {
 	r := newRig(t)
-	conn, err := grpc.NewClient("unix://"+filepath.Join(r.dir, "s"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	const window = 64 << 10 // the smallest, and fixed: a sender does not get far ahead
+	conn, err := grpc.NewClient("unix://"+filepath.Join(r.dir, "s"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window))
 	if err != nil {
 		t.Fatal(err)
 	}
