@@ -13,6 +13,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
@@ -54,10 +55,18 @@ const (
 	healthEvery       = 15 * time.Second
 )
 
+// clientConfig says how to reach the API server.
+func (f *controllerFlags) clientConfig() (*rest.Config, error) {
+	if f.kubeconfig == "" {
+		return rest.InClusterConfig()
+	}
+	return clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+}
+
 // runController serves until ctx ends.
 func runController(ctx context.Context, f controllerFlags) (err error) {
 	f.log.apply()
-	config, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+	config, err := f.clientConfig()
 	if err != nil {
 		return fmt.Errorf("reach the API server: %w", err)
 	}
