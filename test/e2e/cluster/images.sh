@@ -74,7 +74,7 @@ busybox_tree() {
 	# shellcheck disable=SC2016 # the shell of the image expands it
 	printf '#!/bin/sh\nexec /bin/sh "$@"\n' >"$root/bin/bash"
 	chmod 755 "$root/bin/bash"
-	printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n' >"$root/etc/passwd"
+	printf 'root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n' >"$root/etc/passwd"
 	printf 'root:x:0:\nnogroup:x:65534:\n' >"$root/etc/group"
 	echo "$root"
 }
@@ -97,7 +97,7 @@ for name in bash blockdev mount umount mountpoint base64 cat chmod chown cp date
 	program "$root" "$(type -P "$name")"
 done
 ln -s bash "$root/bin/sh"
-printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
+printf 'root:x:0:0:root:/:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 # shellcheck disable=SC2046 # one tag per word
 image "$root" "{\"Cmd\":[\"sh\"],$path}" localhost/e2e/glibc:1 $(suite_tags glibc-dns-testing)
