@@ -151,15 +151,23 @@ func (a *Attacher) Reattach(ctx context.Context, b Backend, o DeviceOptions) (De
 }
 
 // Abandon gives up a device of an ended process that is not to be taken over: requests for it fail
-// that would wait. Those for an nbd device fail by themselves, when DeadConnTimeout is over.
+// that would wait, and those that were under way at its end, which the nbd driver keeps for ever
+// otherwise. Whoever has it open sees errors.
 func (a *Attacher) Abandon(id string) error {
 	a.mu.Lock()
 	live := a.live[id] != nil
 	a.mu.Unlock()
-	if fuse, ok := a.drivers[KindFUSE].(*fuseDriver); ok && !live {
-		return fuse.drop(fuse.names.name(id))
+	if live {
+		return nil
 	}
-	return nil
+	var errs []error
+	if nbd, ok := a.drivers[KindNBD].(*nbdDriver); ok {
+		errs = append(errs, nbd.abandon(id))
+	}
+	if fuse, ok := a.drivers[KindFUSE].(*fuseDriver); ok {
+		errs = append(errs, fuse.drop(fuse.names.name(id)))
+	}
+	return errors.Join(errs...)
 }
 
 // enter makes a device of b by connect and takes it into the table.

@@ -186,6 +186,19 @@ func (d *nbdDriver) remove(ctx context.Context, place nbdPlace, writeBack bool) 
 	return lost, err
 }
 
+// abandon disconnects the device of an ended process, whoever has it open.
+func (d *nbdDriver) abandon(id string) error {
+	backend := d.names.name(id)
+	places, err := findNBD()
+	for _, place := range places {
+		if place.Backend == backend {
+			_, abandonErr := nbdAbandon(context.Background(), place)
+			err = errors.Join(err, abandonErr)
+		}
+	}
+	return err
+}
+
 // socketPair returns a connected pair: the client end for the kernel, the server end for us. A
 // child inherits neither: a copy of the server end would keep the kernel from seeing our death.
 func socketPair() (client *os.File, server net.Conn, err error) {

@@ -81,6 +81,7 @@ func (p nbdPlace) scan(ctx context.Context) error {
 var (
 	nbdConnect    = aside.Op("nbd connect", connectNBD, ErrDeviceGone, fs.ErrNotExist)
 	nbdResize     = aside.Op("nbd resize", resizeNBD, ErrDeviceGone, fs.ErrNotExist)
+	nbdAbandon    = aside.Op("nbd abandon", abandonNBD, ErrDeviceGone, fs.ErrNotExist)
 	nbdDisconnect = aside.Op("nbd disconnect", disconnectNBD, ErrDeviceBusy, ErrDeviceGone, fs.ErrNotExist)
 )
 
@@ -146,6 +147,19 @@ func resizeNBD(s nbdSize, _ []*os.File) (struct{}, error) {
 		return struct{}{}, errors.Join(fmt.Errorf("%s has %d bytes after a resize to %d", s.path(), got, s.Size), err)
 	}
 	return struct{}{}, s.scan(context.Background())
+}
+
+// abandonNBD disconnects a device that nobody will serve again, whoever has it open: their requests fail.
+func abandonNBD(p nbdPlace, _ []*os.File) (struct{}, error) {
+	if err := p.ours(); err != nil {
+		return struct{}{}, ignoring(err, ErrDeviceGone)
+	}
+	n, err := dialNBD()
+	if err != nil {
+		return struct{}{}, err
+	}
+	defer n.close()
+	return struct{}{}, n.disconnect(p.Index)
 }
 
 // A nbdRemoval says how a device is taken apart.
