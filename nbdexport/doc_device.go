@@ -86,7 +86,8 @@
 //   - A process that is killed holds its sockets until its last thread is gone: then the kernel marks them dead.
 //   - A request that was under way at a kill is resent at the next look after a reconnect, 2.0 s apart with an
 //     io_timeout of 1 s: the kernel adds a second, rounded up to a power of two of its ticks.
-//   - Requests that have waited for DEAD_CONN_TIMEOUT fail, and so does every later one. That is not shown in
+//   - Requests that were under way at a kill never fail by themselves, only by a DISCONNECT (see Abandon). Those that
+//     have waited for DEAD_CONN_TIMEOUT fail, and so does every later one. That is not shown in
 //     sysfs or by STATUS; a reconnect would succeed after it. So the time is noted (see served).
 //   - All netlink commands of all families that have no lock of their own wait for each other. A RECONFIGURE with
 //     SIZE_BYTES that waits for the queue (in kernels that freeze it) would keep a reconnect from getting through.
