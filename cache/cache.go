@@ -37,7 +37,8 @@ type Options struct {
 	Fresh bool
 	// OnStore, if not nil, is called before each store into the arena that a
 	// successor can see, by the goroutine that stores, possibly with locks held.
-	// It is for tests that enumerate the states in which a process can be killed.
+	// It is for tests that enumerate the states in which a process can be killed;
+	// with it, no call returns while a pass that it has waited for still runs.
 	OnStore func()
 	// Lock locks the memory of the arena, so that it is never paged out.
 	Lock bool

@@ -2,14 +2,30 @@ package cache
 
 import (
 	"os"
+	"slices"
 	"testing"
 )
+
+// awaitQuiet waits until no pass runs: one can outlast the calls that began it.
+func (c *Cache) awaitQuiet() {
+	c.mu.Lock()
+	handles := slices.Clone(c.handles[1:])
+	c.mu.Unlock()
+	for _, h := range handles {
+		if h != nil {
+			h.mu.Lock()
+			h.awaitQuietLocked()
+			h.mu.Unlock()
+		}
+	}
+}
 
 // checkInvariants compares what the sets, the slots, the lists and the
 // directory say about each other. Nobody uses the cache meanwhile. The numbers
 // are those of the package comment.
 func (c *Cache) checkInvariants(t *testing.T) {
 	t.Helper()
+	c.awaitQuiet()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	seen := map[key]bool{}

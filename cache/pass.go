@@ -139,7 +139,8 @@ func (h *Handle) startLocked() {
 
 // makeRoom sees to it that a pass is running, and waits until it has made some
 // tables clean: who needs one way of a set need not wait for the whole pass, as
-// WriteBack does, and for the next one too.
+// WriteBack does, and for the next one too. With Options.OnStore it waits for the
+// end, so that no pass goes on behind a call that has returned.
 func (h *Handle) makeRoom() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -151,7 +152,8 @@ func (h *Handle) makeRoom() error {
 	case !h.running:
 		h.startLocked()
 	}
-	for before := h.cleaned; h.running && h.cleaned == before; {
+	whole := h.c.arena.onStore != nil
+	for before := h.cleaned; h.running && (whole || h.cleaned == before); {
 		h.cond.Wait()
 	}
 	return nil
