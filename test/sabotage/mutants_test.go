@@ -253,10 +253,10 @@ var mutants = []mutant{
 		pkg:  "qcow2", run: powerLoss,
 	},
 	{
-		name: "snapshots: a snapshot is committed before it is swept",
+		name: "snapshots: a snapshot is committed, and the image clean, before it is swept",
 		file: "qcow2/snapshot_create.go",
 		old:  "	for _, m := range members {\n		if err := m.im.sweepAll(ctx, m.cut); err != nil {\n			return m.explain(err)\n		}\n	}\n",
-		new:  "	defer func() {\n		for _, m := range members {\n			_ = m.im.sweepAll(ctx, m.cut)\n		}\n	}()\n",
+		new:  "	defer func() {\n		for _, m := range members {\n			_ = m.im.endDirty(true)\n			_ = m.im.sweepAll(ctx, m.cut)\n		}\n	}()\n",
 		pkg:  "qcow2", run: powerLoss + "|TestKilledAnywhere",
 	},
 	{
