@@ -28,7 +28,7 @@ func TestEveryLineRuns(t *testing.T) {
 	e.scout, e.terminal = false, false
 	// The program that plays a role is this one, not the test.
 	e.self = e.path("bench")
-	if err := command(t.Context(), "go", "build", "-o", e.self, "."); err != nil {
+	if err := command(t.Context(), "go", "build", "-buildvcs=false", "-o", e.self, "."); err != nil {
 		t.Fatal(err)
 	}
 	var rs results

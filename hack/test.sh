@@ -13,7 +13,7 @@ apart='/(test/.*|internal/demo)$'
 
 lint() {
 	local unformatted
-	unformatted=$(git ls-files '*.go' | xargs -r gofmt -l) || return
+	unformatted=$(git -c safe.directory='*' ls-files '*.go' | xargs -r gofmt -l) || return
 	if [[ $unformatted ]]; then
 		printf 'not formatted, run make fmt:\n%s\n' "$unformatted"
 		return 1

@@ -33,7 +33,7 @@ var nbdBinary = sync.OnceValues(func() (string, error) {
 	}
 	nbdBinaryDir = dir
 	path := filepath.Join(dir, "csi-qcow2")
-	cmd := exec.Command("go", "build", "-o", path, ".")
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, ".")
 	cmd.Stderr = os.Stderr
 	return path, cmd.Run()
 })

@@ -38,7 +38,7 @@ func testMain(m *testing.M) int {
 // binary builds csi-qcow2 once and returns its path.
 var binary = sync.OnceValue(func() string {
 	path := filepath.Join(scratch, "csi-qcow2")
-	if out, err := exec.Command("go", "build", "-o", path, "csi-qcow2/cmd/csi-qcow2").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", path, "csi-qcow2/cmd/csi-qcow2").CombinedOutput(); err != nil {
 		panic(fmt.Sprintf("go build: %v\n%s", err, out))
 	}
 	return path

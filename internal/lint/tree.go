@@ -63,9 +63,9 @@ func newTree(texts map[string][]byte, nested []string) (*tree, error) {
 	return t, nil
 }
 
-// loadTree reads the files below root that git knows or would add.
+// loadTree reads the files below root that git knows or would add, whoever owns the tree.
 func loadTree(root string) (*tree, error) {
-	git := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+	git := exec.Command("git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
 	git.Dir = root
 	names, err := git.Output()
 	if err != nil {

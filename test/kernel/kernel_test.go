@@ -113,7 +113,7 @@ func TestRestart(t *testing.T) {
 // build runs a command of go that makes the static program file.
 func build(t *testing.T, file string, command ...string) {
 	t.Helper()
-	args := append(command[:len(command)-1:len(command)-1], "-o", file, command[len(command)-1])
+	args := append(command[:len(command)-1:len(command)-1], "-buildvcs=false", "-o", file, command[len(command)-1])
 	cmd := exec.CommandContext(t.Context(), "go", args...)
 	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -14,7 +14,7 @@ import (
 // manifests against its flags.
 func TestDriverKnowsItsFlags(t *testing.T) {
 	binary := filepath.Join(t.TempDir(), "csi-qcow2")
-	build := exec.Command("go", "build", "-o", binary, "./cmd/csi-qcow2")
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", binary, "./cmd/csi-qcow2")
 	build.Dir = "../../.."
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
