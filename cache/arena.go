@@ -110,10 +110,10 @@ func (a *arena) bytes(i slotIndex, n int) []byte {
 
 // copyOut copies the first len(p) bytes of a published slot, word by word.
 func (a *arena) copyOut(p []byte, i slotIndex) {
-	src := a.slot(i)
-	dst := unsafe.Pointer(unsafe.SliceData(p))
-	for n := uintptr(0); n < uintptr(len(p)); n += 8 {
-		*(*uint64)(unsafe.Add(dst, n)) = atomic.LoadUint64((*uint64)(unsafe.Add(src, n)))
+	src := unsafe.Slice((*uint64)(a.slot(i)), len(p)/8)
+	dst := unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(p))), len(p)/8)
+	for n := 0; n < len(src) && n < len(dst); n++ {
+		dst[n] = atomic.LoadUint64(&src[n])
 	}
 }
 

@@ -136,9 +136,12 @@ func (im *Image) addInSlice(reftable []uint64, c hostCluster, n int64, delta int
 			err = corruptf("refcount of cluster", g.hostOffset(c+hostCluster(done)), "it is 0 but the cluster is referenced")
 		case delta > 0 && count == g.refcountMax:
 			err = ErrRefcountOverflow
-		case n-done >= perWord && (index+int(done))%int(perWord) == 0 && *w == count*g.refcountOnes: // a word of the same
-			*w = (count + uint64(delta)) * g.refcountOnes
-			done += perWord
+		case n-done >= perWord && (int64(index)+done)&(perWord-1) == 0 && *w == count*g.refcountOnes: // words of the same
+			before, after := *w, (count+uint64(delta))*g.refcountOnes
+			for rest := words[at-word:]; n-done >= perWord && rest[0] == before; rest = rest[1:] {
+				rest[0] = after
+				done += perWord
+			}
 		default:
 			*w = g.setRefcount(*w, shift, count+uint64(delta))
 			done++

@@ -330,14 +330,12 @@ func (im *Image) raiseTable(off HostOffset) error {
 
 // clearCopied clears the COPIED flags of a slice whose entries are l2.
 func (im *Image) clearCopied(table HostOffset, slice int64, l2 []uint64) error {
-	changed := false
+	flags := uint64(0)
 	for i, e := range l2 {
-		if e&entryCopied != 0 {
-			l2[i] = e &^ entryCopied
-			changed = true
-		}
+		flags |= e & entryCopied
+		l2[i] = e &^ entryCopied
 	}
-	if !changed {
+	if flags == 0 {
 		return nil
 	}
 	t, err := im.handle.Get(classL2, int64(table)+slice)
