@@ -16,7 +16,11 @@ import (
 	"time"
 )
 
-var deadline = flag.Duration("deadline", time.Minute, "how long the tests may take to notice a mutant, without building")
+var (
+	deadline = flag.Duration("deadline", 5*time.Minute, "after how long a run that has not noticed its mutant is ended, without building")
+	// Of processor time, because machines have other work.
+	limit = flag.Duration("limit", time.Minute, "processor time that the tests may take to notice a mutant, without building")
+)
 
 // TestMutantsAreCaught builds and tests every mutant.
 func TestMutantsAreCaught(t *testing.T) {
@@ -78,6 +82,7 @@ func (m *mutant) test(t *testing.T, root string) {
 	start := time.Now()
 	out, err := run.CombinedOutput()
 	text := string(out)
+	used := run.ProcessState.UserTime() + run.ProcessState.SystemTime()
 	switch {
 	case ctx.Err() != nil:
 		t.Errorf("not noticed in %v", *deadline)
@@ -85,8 +90,10 @@ func (m *mutant) test(t *testing.T, root string) {
 		t.Errorf("not noticed: all tests pass")
 	case !strings.Contains(text, "--- FAIL") && !strings.Contains(text, "panic:") && !strings.Contains(text, "fatal error:"):
 		t.Errorf("the run failed, but no test did: %v\n%s", err, tail(text))
+	case used > *limit:
+		t.Errorf("noticed only after %v of processor time, want %v: %s", used.Round(time.Second), *limit, firstFailure(text))
 	default:
-		t.Logf("noticed in %v: %s", time.Since(start).Round(100*time.Millisecond), firstFailure(text))
+		t.Logf("noticed in %v, %v of processor time: %s", time.Since(start).Round(100*time.Millisecond), used.Round(100*time.Millisecond), firstFailure(text))
 	}
 }
 
