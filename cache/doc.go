@@ -130,4 +130,27 @@
 // content of the tables has none, as little as any memory of a process. An image that
 // other processes have written since must not be claimed by the same ID: whoever
 // opens images changes the ID with every attachment that is not a takeover.
+//
+// # Takeover
+//
+// What makes a takeover safe, by the numbers that code and tests cite:
+//
+//	A1  A table's content is stored before the word that publishes it.
+//	    TestKillPoints, TestPassInsideStore, TestRealKills
+//	A2  Nothing that was acknowledged is on the heap alone: data is in the page
+//	    cache of the image, metadata there or in the arena. TestNBDKilledUnderLoad
+//	    and TestKilledAnywhere, of the packages above
+//	A3  The arena's memory is allocated at the start, and locked on request: it
+//	    cannot run out later. TestArenaErrorsName, TestLockedArena
+//	A4  It is in a directory of the host, which outlives pods: deploy/kubernetes/check
+//	A5  It counts against the memory limit of the process that made it; the
+//	    heap gets the rest. TestHeapLimit of cmd/csi-qcow2
+//	A6  Layout, boot, generation and checksums are right, or all of it is refused.
+//	    TestDamagedArenaIsRefused, TestStaleArenaIsNotUsed of volume
+//	A7  One process has it: a lock that goes with the last thread of the one
+//	    before, and the images' own locks. TestArenaFileIsLocked
+//	A8  A process that ends in order leaves nothing in it, so that its layout may
+//	    change; else another layout is refused. TestArenaAfterCloseIsEmpty
+//	A9  No program that the process starts keeps a lock.
+//	    TestDescriptorsAreNotInherited of cmd/csi-qcow2
 package cache
