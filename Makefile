@@ -71,7 +71,7 @@ test-sabotage: ## break one rule of the code at a time: the tests must notice (p
 	@hack/test.sh sabotage
 
 .PHONY: test-e2e
-test-e2e: ## the driver on a real Kubernetes of one node; PARTS='build up deploy test suite down'
+test-e2e: ## the driver on a real Kubernetes of one node; PARTS='build up readme deploy test suite down'
 	@hack/e2e.sh $(PARTS)
 
 .PHONY: manifests

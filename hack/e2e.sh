@@ -4,6 +4,7 @@
 #
 #     build    the cluster's programs, once; a quarter of an hour
 #     up       the cluster
+#     readme   what README.md tells users of Kubernetes, as it is written
 #     deploy   the driver, from deploy/kubernetes/overlays/SHAPE (standard)
 #     test     our own tests with real pods; RUN=regexp picks some
 #     suite    Kubernetes' external storage suite; FOCUS= and SKIP= pick some,
@@ -15,7 +16,7 @@ set -uo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 cd "$repository" || exit 1
 . test/e2e/cluster/lib.sh
-SHAPE=${SHAPE:-standard}
+export SHAPE=${SHAPE:-standard}
 left_out='\[Disruptive\]|any volume data source' # see docs/e2e.md
 overlay=$repository/test/e2e/overlay/$SHAPE
 
@@ -28,11 +29,20 @@ up() { test/e2e/cluster/up.sh; }
 # snapshot_controller starts what a cluster has once, whatever its drivers.
 snapshot_controller() {
 	local distributed=false
+	[[ -e $STATE/run/snapshot-controller.cmd ]] && return
 	[[ $SHAPE == standard ]] || distributed=true
 	inside kubectl apply --server-side -f "$E2E/crd" >/dev/null &&
 		inside kubectl wait --for=condition=Established --timeout=60s crd --all >/dev/null &&
 		inside bash -c '. "$1"; daemon snapshot-controller snapshot-controller --kubeconfig "$KUBECONFIG" --leader-election=false \
 			--enable-distributed-snapshotting="$2" --feature-gates=CSIVolumeGroupSnapshot=true' _ "$repository/test/e2e/cluster/lib.sh" "$distributed"
+}
+
+readme() {
+	if [[ $SHAPE != standard ]]; then
+		echo "e2e: WITHOUT the lines of README.md, which are for the standard shape: the shape is $SHAPE"
+		return
+	fi
+	snapshot_controller && inside "$repository/test/e2e/cluster/readme.sh"
 }
 
 deploy() {
@@ -76,7 +86,7 @@ down() { test/e2e/cluster/down.sh; }
 
 main() {
 	local parts=("$@") part function begin result failed=0
-	((${#parts[@]})) || parts=(build up deploy test suite down)
+	((${#parts[@]})) || parts=(build up readme deploy test suite down)
 	for part in "${parts[@]}"; do
 		function=$part
 		[[ $part == test ]] && function=test_

@@ -70,6 +70,15 @@ func connect() (err error) {
 	return err
 }
 
+// onlyStandard passes a test of what the other shapes of deploy/kubernetes do
+// not have, saying so.
+func onlyStandard(t *testing.T, why string) {
+	t.Helper()
+	if shape := os.Getenv("SHAPE"); shape != "standard" {
+		t.Skipf("NOT TESTED in the shape %s: %s", shape, why)
+	}
+}
+
 // leftovers lists what must not be there when no test has a volume any more.
 func leftovers() []string {
 	var left []string

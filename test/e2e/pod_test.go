@@ -93,13 +93,16 @@ func (s *space) running(name string) {
 		if err != nil {
 			return err
 		}
-		ready := slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
-			return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
-		})
-		if !ready {
+		if !podReady(p) {
 			return fmt.Errorf("pod is %s: %+v", p.Status.Phase, p.Status.Conditions)
 		}
 		return nil
+	})
+}
+
+func podReady(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
 	})
 }
 

@@ -2,14 +2,20 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // capacityOf returns what the cluster knows of the room for a StorageClass on
@@ -80,6 +86,7 @@ func TestPoolFull(t *testing.T) {
 		t.Fatalf("the pool's disk took more than it has, %d bytes are left: %s", free(t, smallPoolDir), out)
 	}
 	t.Logf("a write beyond the pool's room: %v: %s", err, out)
+	s.toldFull("data")
 	eventually(t, "capacity of the full pool", func(ctx context.Context) error {
 		c, err := capacityOf(ctx, classSmall)
 		if err != nil {
@@ -114,4 +121,122 @@ func TestPoolFull(t *testing.T) {
 	s.sh("pod", "rm -f "+mountPath+"/noise")
 	s.write("pod", mountPath+"/after", 16)
 	s.running("late")
+	s.toldWell("data")
+}
+
+// toldFull checks that all who ask are told that the claim's pool is full.
+func (s *space) toldFull(claim string) {
+	s.t.Helper()
+	id := s.bound(claim).Spec.CSI.VolumeHandle
+	agent := csi.NewNodeClient(dialAgent(s.t))
+	eventually(s.t, "health of the volume", func(ctx context.Context) error {
+		resp, err := agent.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		if err != nil {
+			return err
+		}
+		return hasReason(resp.GetVolumeHealth().GetHealthStatuses(), reasonPoolFull)
+	})
+	eventually(s.t, "health of the storage", func(ctx context.Context) error {
+		resp, err := agent.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
+		if err != nil {
+			return err
+		}
+		return hasReason(resp.GetBackendHealth(), reasonPoolFull)
+	})
+	if os.Getenv("SHAPE") != "standard" {
+		s.t.Log("NOT TESTED: only the standard shape has Events")
+		return
+	}
+	eventually(s.t, "health of the volumes", func(ctx context.Context) error {
+		resp, err := csi.NewControllerClient(dialController(s.t)).ControllerGetVolumeHealth(ctx, &csi.ControllerGetVolumeHealthRequest{VolumeId: id})
+		if err != nil {
+			return err
+		}
+		return hasReason(resp.GetVolumeHealth().GetHealthStatuses(), reasonPoolFull)
+	})
+	s.described(claim, reasonPoolFull)
+}
+
+// toldWell checks that the user is told of the end of it.
+func (s *space) toldWell(claim string) {
+	s.t.Helper()
+	if os.Getenv("SHAPE") == "standard" {
+		s.described(claim, "VolumeHealthy")
+	}
+}
+
+// reasonPoolFull is the reason of the health RPCs, and of Events.
+const reasonPoolFull = "PoolFull"
+
+// hasReason reports whether something is wrong for this reason.
+func hasReason[E interface {
+	GetReason() string
+	GetMessage() string
+}](entries []E, reason string) error {
+	var seen []string
+	for _, e := range entries {
+		if e.GetReason() == reason {
+			return nil
+		}
+		seen = append(seen, e.GetReason()+": "+e.GetMessage())
+	}
+	return fmt.Errorf("no %s among %q", reason, seen)
+}
+
+// described waits until kubectl describe shows a user this text of a claim.
+func (s *space) described(claim, text string) {
+	s.t.Helper()
+	eventually(s.t, fmt.Sprintf("%q in the description of %s", text, claim), func(ctx context.Context) error {
+		out, err := exec.CommandContext(ctx, "kubectl", "-n", s.name, "describe", "persistentvolumeclaim", claim).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		if !strings.Contains(string(out), text) {
+			return fmt.Errorf("it is %s", out)
+		}
+		return nil
+	})
+}
+
+// TestOvercommit: volumes beyond what a pool may promise are refused, and the
+// user reads why.
+func TestOvercommit(t *testing.T) {
+	agentArguments(t, "--overcommit=2")
+	s := newSpace(t)
+	s.claim("data", "300Mi", class(classSmall))
+	s.claim("more", "200Mi", class(classSmall))
+	s.start("pod", s.withClaim("data"))
+	s.start("other", s.withClaim("more"))
+	eventually(t, "capacity of the pool", func(ctx context.Context) error {
+		c, err := capacityOf(ctx, classSmall)
+		if err == nil && c.Capacity.Value() > 140<<20 {
+			err = fmt.Errorf("capacity is %d", c.Capacity.Value())
+		}
+		return err
+	})
+	s.claim("late", "200Mi", class(classSmall), onNode) // past the scheduler
+	s.described("late", "would promise more than 2 times")
+	s.stop("other")
+	s.deleteClaim("more")
+	s.bound("late")
+}
+
+// agentArguments adds arguments of the node agent until the test ends.
+func agentArguments(t *testing.T, arguments ...string) {
+	t.Helper()
+	set, err := client.AppsV1().DaemonSets(driverNamespace).Get(t.Context(), "csi-qcow2-node", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := set.Spec.Template.Spec.Containers[0].Args
+	change := func(arguments []string) {
+		patch, err := json.Marshal([]map[string]any{{"op": "replace", "path": "/spec/template/spec/containers/0/args", "value": arguments}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		patchAgents(t, types.JSONPatchType, string(patch))
+		awaitAgent(t)
+	}
+	t.Cleanup(func() { change(before) })
+	change(append(slices.Clone(before), arguments...))
 }

@@ -12,7 +12,7 @@ modules=$(dirname "$HERE")
 version() { go list -m -f '{{.Version}}' "$1"; }
 
 # built SET: nothing that the set is made from has changed.
-stamp() { cat go.mod go.sum "$HERE/build.sh" <(go version) <(find . -name '*.go' -exec cat {} +) | sha256sum; }
+stamp() { cat go.mod go.sum "$HERE/build.sh" <(go version) <(find . -name '*.go' ! -name '*_test.go' -exec cat {} +) | sha256sum; }
 built() { [[ $(stamp) == "$(cat "$E2E/built.$1" 2>/dev/null)" ]]; }
 
 # compile DIR LDFLAGS PACKAGE...: programs named as their packages.

@@ -48,12 +48,15 @@ program() {
 	done
 }
 
-# single FILE CONFIG NAME: an image of one static program.
+# single FILE CONFIG NAME: an image of one static program, also under the
+# version that the manifests want of it.
 single() {
-	local root
+	local root versions
 	root=$(tree "$3")
 	cp "$1" "$root/bin/${1##*/}"
-	image "$root" "$2" "localhost/e2e/$3:1"
+	versions=$(grep -rhoE "image: $3:.+" "$repository/deploy/kubernetes" | cut -d: -f3 | sort -u || true)
+	# shellcheck disable=SC2086 # one version per word
+	image "$root" "$2" $(printf "localhost/e2e/$3:%s " 1 $versions)
 }
 
 single "$BIN/pause" '{"Entrypoint":["/bin/pause"]}' pause
@@ -79,7 +82,7 @@ busybox_tree() {
 	echo "$root"
 }
 # shellcheck disable=SC2046 # one tag per word
-image "$(busybox_tree busybox)" "{\"Cmd\":[\"sh\"],$path}" localhost/e2e/busybox:1 $(suite_tags busybox) $(suite_tags nginx)
+image "$(busybox_tree busybox)" "{\"Cmd\":[\"sh\"],$path}" localhost/e2e/busybox:1 docker.io/library/busybox:1.37 $(suite_tags busybox) $(suite_tags nginx)
 
 root=$(busybox_tree agnhost)
 echo 'user-defined-in-image:x:1000:1000::/home:/bin/sh' >>"$root/etc/passwd"
@@ -111,7 +114,8 @@ for name in mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_growfs xfs_repair xfs_db mou
 done
 cp /etc/mke2fs.conf "$root/etc/"
 cp "$repository/bin/csi-qcow2" "$root/bin/"
-image "$root" "{\"Entrypoint\":[\"/bin/csi-qcow2\"],$path}" localhost/e2e/csi-qcow2:1
+# Version 2 is what README.md upgrades to; nothing else is newer in it.
+image "$root" "{\"Entrypoint\":[\"/bin/csi-qcow2\"],$path}" localhost/e2e/csi-qcow2:{1,2}
 
 # The sidecars. Two have a stand-in with the flags of the original.
 : >"$STATE/absent"

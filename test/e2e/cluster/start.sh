@@ -90,6 +90,10 @@ kubeAPIBurst: 200
 syncFrequency: 10s
 volumeStatsAggPeriod: 10s
 YAML
+# The standard shape takes this off when the node agent serves.
+if [[ ${SHAPE:-} == standard ]]; then
+	echo 'registerWithTaints: [{key: csi-qcow2.dev/agent-not-ready, effect: NoExecute}]' >>"$STATE/kubelet.yaml"
+fi
 daemon kubelet kubelet --config "$STATE/kubelet.yaml" --kubeconfig "$KUBECONFIG" --hostname-override "$NODE" --node-ip "$NODE_IP" \
 	--root-dir /var/lib/kubelet
 node_ready() { [[ $(kubectl get node "$NODE" -o jsonpath='{.status.conditions[?(@.type=="Ready")].status}') == True ]]; }
