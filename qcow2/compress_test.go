@@ -138,7 +138,7 @@ func TestQemuDecompresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		g := h.geometry()
-		l, err := newLayout(g, int64(len(want)), true)
+		l, err := newLayout(g, int64(len(want)), int64(len(want)))
 		if err != nil {
 			t.Fatal(err)
 		}

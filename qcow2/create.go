@@ -37,6 +37,12 @@ const (
 // The header is written last, after everything else is durable: a crash
 // leaves either a whole image or a file that is not qcow2.
 func Create(ctx context.Context, f File, size int64, o CreateOptions) error {
+	return CreateHead(ctx, f, size, o, nil)
+}
+
+// CreateHead is Create of a disk that begins with head, and has zeroes up to the
+// end of head's last cluster: data of its own, in front of what a backing file shows.
+func CreateHead(ctx context.Context, f File, size int64, o CreateOptions, head []byte) error {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
 		return err
@@ -50,8 +56,15 @@ func Create(ctx context.Context, f File, size int64, o CreateOptions) error {
 		return fmt.Errorf("qcow2: the file for a new image holds %d bytes; truncate it first", n)
 	}
 	size = (size + 511) &^ 511
+	if int64(len(head)) > size {
+		return fmt.Errorf("qcow2: %d bytes to begin a disk of %d bytes with: make the disk larger", len(head), size)
+	}
+	allocated := int64(len(head))
+	if o.Preallocation != PreallocationOff {
+		allocated = size
+	}
 	h := o.header(size)
-	l, err := newLayout(h.geometry(), size, o.Preallocation != PreallocationOff)
+	l, err := newLayout(h.geometry(), size, allocated)
 	if err != nil {
 		return err
 	}
@@ -72,6 +85,11 @@ func Create(ctx context.Context, f File, size int64, o CreateOptions) error {
 	}
 	if err := l.preallocateData(ctx, f, o.Preallocation); err != nil {
 		return err
+	}
+	if len(head) > 0 {
+		if _, err := f.WriteAt(head, int64(l.g.hostOffset(l.data))); err != nil {
+			return err
+		}
 	}
 	if err := f.Datasync(); err != nil {
 		return err

@@ -1,6 +1,7 @@
 package qcow2_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -257,5 +258,71 @@ func TestMeasureAgreesWithQemu(t *testing.T) {
 	if got, want := fmt.Sprintf("required size: %d\nfully allocated size: %d\nbitmaps size: 0\n", required, full),
 		qemutest.Img(t, "measure", "-O", "qcow2", "-o", "cluster_size=4096", path); got != want {
 		t.Errorf("an image with data:\ngot\n%s\nqemu-img\n%s", got, want)
+	}
+}
+
+// TestCreateHead compares disks that begin with data, in front of a backing file
+// and without, with what the data and the file say; QEMU judges the images.
+func TestCreateHead(t *testing.T) {
+	dir := scratch(t)
+	const size = 3<<20 + 512
+	base := make([]byte, size)
+	rand.NewChaCha8([32]byte{1}).Read(base) // never fails
+	if err := os.WriteFile(filepath.Join(dir, "base.raw"), base, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range []qcow2.CreateOptions{
+		{ClusterSize: 512, RefcountBits: 1, BackingFile: "base.raw", BackingFormat: "raw"},
+		{BackingFile: "base.raw", BackingFormat: "raw"},
+		{ClusterSize: 2 << 20, Preallocation: qcow2.PreallocationMetadata},
+		{Preallocation: qcow2.PreallocationFull},
+		{},
+	} {
+		for _, n := range []int{0, 1, 512, 65536, 65537, 1 << 20, size} {
+			t.Run(fmt.Sprintf("%+v/%d", o, n), func(t *testing.T) {
+				path := filepath.Join(dir, "im.qcow2")
+				defer os.Remove(path)
+				head := make([]byte, n)
+				rand.NewChaCha8([32]byte{2}).Read(head) // never fails
+				createEmpty(t, path)
+				f, err := qcow2.OpenFile(path, qcow2.FileOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := errors.Join(qcow2.CreateHead(t.Context(), f, size, o, head), f.Close()); err != nil {
+					t.Fatal(err)
+				}
+				verifyFile(t, path)
+				want := make([]byte, size)
+				if o.BackingFile != "" {
+					copy(want, base)
+				}
+				cluster := int(o.ClusterSize)
+				if cluster == 0 {
+					cluster = 65536
+				}
+				end := min((n+cluster-1)/cluster*cluster, size)
+				clear(want[copy(want, head):end])
+				raw := filepath.Join(dir, "im.raw")
+				defer os.Remove(raw)
+				qemutest.Img(t, "convert", "-f", "qcow2", "-O", "raw", path, raw)
+				got, err := os.ReadFile(raw)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(got, want) {
+					t.Errorf("the disk differs from head and what is behind it, first at %#x", firstDifference(got, want))
+				}
+			})
+		}
+	}
+}
+
+// TestCreateHeadTooLong checks that nothing is made of data that does not fit.
+func TestCreateHeadTooLong(t *testing.T) {
+	f := storagetest.NewDisk()
+	err := qcow2.CreateHead(t.Context(), f, 1024, qcow2.CreateOptions{}, make([]byte, 1025))
+	if n, _ := f.Size(); err == nil || n != 0 {
+		t.Fatalf("error %v, file of %d bytes", err, n)
 	}
 }

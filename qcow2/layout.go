@@ -14,25 +14,23 @@ type layout struct {
 	l1               hostCluster
 	l1Entries        int64
 	l2               hostCluster
-	l2Count          int64 // 0 unless preallocated
+	l2Count          int64
 	data             hostCluster
-	dataCount        int64 // 0 unless preallocated
+	dataCount        int64 // from guest offset 0 on
 	end              hostCluster
 }
 
-// newLayout returns the layout of an image of size bytes, with all guest
-// clusters allocated or none.
-func newLayout(g geometry, size int64, allocated bool) (*layout, error) {
+// newLayout returns the layout of an image of size bytes, of which the guest
+// clusters of the first allocated bytes are allocated.
+func newLayout(g geometry, size, allocated int64) (*layout, error) {
 	// One L1 entry at least, so that an image of size 0 has a table like any other.
 	l := &layout{g: g, reftable: 1, l1Entries: max(1, g.l1EntriesFor(size))}
 	if l.l1Entries*entryBytes > maxL1Bytes {
 		return nil, fmt.Errorf("%w: %d bytes need an L1 table of %d entries, more than %d; use larger clusters",
 			ErrTooLarge, size, l.l1Entries, maxL1Bytes/entryBytes)
 	}
-	if allocated {
-		l.l2Count = g.l1EntriesFor(size)
-		l.dataCount = g.clusters(size)
-	}
+	l.l2Count = g.l1EntriesFor(allocated)
+	l.dataCount = g.clusters(allocated)
 	l1Clusters := g.clusters(l.l1Entries * entryBytes)
 	l.reftableClusters, l.refblockCount = refcountClusters(&g, 1+l1Clusters+l.l2Count+l.dataCount)
 	l.refblocks = l.reftable + hostCluster(l.reftableClusters)

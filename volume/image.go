@@ -14,8 +14,9 @@ import (
 	"csi-qcow2/qcow2"
 )
 
-// createImage writes a new image into the new file name and makes it durable.
-func (p *Pool) createImage(ctx context.Context, name string, size int64, o qcow2.CreateOptions, direct bool) error {
+// createImage writes a new image, which begins with head, into the new file name
+// and makes it durable.
+func (p *Pool) createImage(ctx context.Context, name string, size int64, o qcow2.CreateOptions, head []byte, direct bool) error {
 	f, err := p.dir.OpenFile(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|directFlag(direct), 0o600)
 	if err != nil {
 		return err
@@ -25,7 +26,7 @@ func (p *Pool) createImage(ctx context.Context, name string, size int64, o qcow2
 		return errors.Join(err, f.Close())
 	}
 	w := p.wrap(file)
-	return errors.Join(qcow2.Create(ctx, w, size, o), w.Close())
+	return errors.Join(qcow2.CreateHead(ctx, w, size, o, head), w.Close())
 }
 
 // openDisk opens the image file name below the pool.

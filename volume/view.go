@@ -247,21 +247,8 @@ func (p *Pool) writeView(ctx context.Context, v viewRef, name string) error {
 	if err != nil {
 		return fmt.Errorf("view of %s: %w", v.Volume, err)
 	}
-	if err := p.createImage(ctx, name, viewSize, qcow2.CreateOptions{ClusterSize: viewClusterSize}, false); err != nil {
-		return err
-	}
-	file, err := p.openDisk(name, qcow2.FileOptions{Lock: qcow2.LockWrite})
-	if err != nil {
-		return err
-	}
-	im, err := qcow2.Open(ctx, file, qcow2.Options{Cache: p.opts.Cache})
-	if err != nil {
-		return errors.Join(err, file.Close())
-	}
-	// A whole cluster, written before the backing file is named: nothing is copied up.
-	_, err = im.WriteAt(header, 0)
-	if err == nil {
-		err = im.SetBacking(ctx, path.Join(p.path, volumeDir(v.Volume), diskName), "raw")
-	}
-	return errors.Join(err, im.Close())
+	return p.createImage(ctx, name, viewSize, qcow2.CreateOptions{
+		ClusterSize: viewClusterSize,
+		BackingFile: path.Join(p.path, volumeDir(v.Volume), diskName), BackingFormat: "raw",
+	}, header, false)
 }

@@ -211,7 +211,7 @@ func (p *Pool) newImage(rec volumeRecord, backing *viewRef) imageMaker {
 		o.Preallocation = qcow2.PreallocationOff // it would hide what the clone is made from
 	}
 	return func(ctx context.Context, name string) (*viewRef, error) {
-		return backing, p.createImage(ctx, name, rec.Size, o, rec.Params.DirectIO)
+		return backing, p.createImage(ctx, name, rec.Size, o, nil, rec.Params.DirectIO)
 	}
 }
 
