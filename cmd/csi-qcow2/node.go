@@ -28,9 +28,9 @@ func newNodeCommand() *cobra.Command {
 the pools, the images, the cache and the devices. It must run as root.
 
 SIGTERM ends it: it refuses new calls, finishes those under way, flushes the
-images and removes its socket. The kernel keeps the devices of staged volumes (not those of kind
-fuse), and their requests wait for the next process with the same --run-dir, which takes
-them over; so it does when the process was killed.`,
+images and removes its socket. The devices of staged volumes stay (those of kind fuse for as
+long as csi-qcow2 holder lives), and their requests wait for the next process with the same
+--run-dir, which takes them over; so it does when the process was killed.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.validate(); err != nil {
