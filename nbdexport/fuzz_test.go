@@ -46,7 +46,7 @@ func serveRecorded(t *testing.T, in []byte) []byte {
 	}
 	conn := &recordedConn{}
 	conn.in.Reset(in)
-	defer time.AfterFunc(30*time.Second, func() { panic("a recorded client is served for ever") }).Stop()
+	defer time.AfterFunc(5*time.Minute, func() { panic("a recorded client is served for ever") }).Stop()
 	s.ServeConn(context.Background(), conn)
 	return conn.out.Bytes()
 }

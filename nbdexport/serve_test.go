@@ -63,7 +63,7 @@ func (s *testServer) wait() {
 	select {
 	case err := <-s.done:
 		s.done <- err
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		s.t.Fatal("Serve does not return")
 	}
 }

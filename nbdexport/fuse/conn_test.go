@@ -104,7 +104,7 @@ func serveFake(t testing.TB, f File, o Options, n int, at func(point)) (*fakeKer
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20)
 	}
 	unix.SetNonblock(fds[1], false)
-	unix.SetsockoptTimeval(fds[1], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 30})
+	unix.SetsockoptTimeval(fds[1], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 300})
 	sl, err := newSlots(n, maxData)
 	if err != nil {
 		t.Fatal(err)
@@ -142,8 +142,18 @@ func (k *fakeKernel) send(op opcode, node uint64, parts ...[]byte) uint64 {
 
 func (k *fakeKernel) sendRaw(b []byte) {
 	k.t.Helper()
-	if _, err := unix.Write(k.fd, b); err != nil {
+	if _, err := again(unix.Write, k.fd, b); err != nil {
 		k.t.Fatal(err)
+	}
+}
+
+// again makes a call until no signal interrupts it. The runtime's preemption is one, and a
+// socket with a timeout does not restart what it interrupts.
+func again(call func(fd int, b []byte) (int, error), fd int, b []byte) (n int, err error) {
+	for {
+		if n, err = call(fd, b); !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
 	}
 }
 
@@ -151,7 +161,7 @@ func (k *fakeKernel) sendRaw(b []byte) {
 func (k *fakeKernel) receive() (unique uint64, errno unix.Errno, body []byte) {
 	k.t.Helper()
 	b := make([]byte, 2*maxData)
-	n, err := unix.Read(k.fd, b)
+	n, err := again(unix.Read, k.fd, b)
 	if err != nil || n < outHeaderSize {
 		k.t.Fatalf("answer: %d bytes, %v", n, err)
 	}

@@ -13,7 +13,7 @@ import (
 
 // clientTimeout bounds every wait of a Client for the server, so that a server
 // that says nothing fails the test.
-const clientTimeout = 20 * time.Second
+const clientTimeout = 2 * time.Minute
 
 // Numbers of the protocol that tests speak about. They are written down a
 // second time here so that a wrong one in the server is not right in its tests.
