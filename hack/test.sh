@@ -48,7 +48,7 @@ sabotage() {
 		grep -Ev '^=== (RUN|PAUSE|CONT|NAME)'
 }
 
-sanity() { go test -count=1 -timeout 10m ./test/sanity/...; }
+sanity() { go test -count=1 -timeout 1h ./test/sanity/...; }
 
 kernel() { go test -count=1 -timeout 40m -tags kernel -v ./test/kernel | grep -Ev '^=== (RUN|PAUSE|CONT)'; }
 

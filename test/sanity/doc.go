@@ -10,7 +10,7 @@
 //
 // # Concurrency
 //
-// One process per test binary, with a socket and directories of its own.
+// One process per test, with a socket and directories of its own.
 //
 // # Failure
 //

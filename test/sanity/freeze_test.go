@@ -96,9 +96,7 @@ func TestFrozenSnapshot(t *testing.T) {
 			for i := range 3 {
 				snap := k.snapshot(fmt.Sprint("snap", i), source)
 				restored = append(restored, k.create(fmt.Sprint("restored", i), 512, fromSnapshot(snap), fstype))
-				if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: snap}); err != nil {
-					t.Fatal(err)
-				}
+				k.deleteSnapshot(snap)
 			}
 			stop()
 			for i, id := range restored {
@@ -149,12 +147,13 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 		}
 		return true
 	})
-	resp, err := groups.CreateVolumeGroupSnapshot(k.rpc(), &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: ids})
+	var resp *csi.CreateVolumeGroupSnapshotResponse
+	k.must("snapshot the group", func() (err error) {
+		resp, err = groups.CreateVolumeGroupSnapshot(k.rpc(), &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: ids})
+		return err
+	})
 	done.Store(true)
 	writer.Wait()
-	if err != nil {
-		t.Fatal(err)
-	}
 	g := resp.GetGroupSnapshot()
 	var numbers []uint64
 	var members []string
@@ -177,9 +176,10 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 	if d := int64(numbers[0] - numbers[1]); d != 1 && d != -1 {
 		t.Errorf("last numbers %d: want neighbours", numbers)
 	}
-	if _, err := groups.DeleteVolumeGroupSnapshot(k.rpc(), &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: g.GetGroupSnapshotId(), SnapshotIds: members}); err != nil {
-		t.Fatal(err)
-	}
+	k.must("delete the group", func() error {
+		_, err := groups.DeleteVolumeGroupSnapshot(k.rpc(), &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: g.GetGroupSnapshotId(), SnapshotIds: members})
+		return err
+	})
 	for i, id := range ids {
 		k.unuse(fmt.Sprint("source", i), id)
 		k.deleteVolume(id)
@@ -210,7 +210,7 @@ func TestKilledWhileSnapshotting(t *testing.T) {
 			for i := 0; !killed.Load(); i++ {
 				name := fmt.Sprintf("snap-%d-%d", round, i)
 				_, err := k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: id})
-				if err != nil && !killed.Load() {
+				if err != nil && !again(err) {
 					t.Errorf("%s: %v", name, err)
 					return
 				}
@@ -245,18 +245,9 @@ func TestKilledWhileSnapshotting(t *testing.T) {
 		})
 	}
 	stop()
-	p.wait("the snapshots to be listed", func() bool {
-		resp, err := k.ListSnapshots(k.rpc(), &csi.ListSnapshotsRequest{SourceVolumeId: id})
-		if err != nil {
-			return false
-		}
-		for _, e := range resp.GetEntries() {
-			if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: e.GetSnapshot().GetSnapshotId()}); err != nil {
-				return false
-			}
-		}
-		return true
-	})
+	for _, snap := range k.snapshots() {
+		k.deleteSnapshot(snap)
+	}
 	k.unuse("source", id)
 	k.deleteVolume(id)
 	k.finish()

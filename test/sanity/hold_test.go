@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -134,9 +135,15 @@ func openKernelLog(t *testing.T) kernelLog {
 	return kernelLog{t, fd}
 }
 
-// of returns the errors and warnings that name one of the devices, or a task that hangs.
+// of returns the errors and warnings that name one of the devices, or a task of
+// this test, which hangs then.
 func (l kernelLog) of(devices []string) []string {
 	l.t.Helper()
+	ours := []string{"task fio:", `task sanity\.test:`}
+	for _, device := range devices {
+		ours = append(ours, `\b`+regexp.QuoteMeta(strings.TrimPrefix(device, "/dev/"))+`\b`)
+	}
+	named := regexp.MustCompile(strings.Join(ours, "|"))
 	var lines []string
 	b := make([]byte, 8192) // more than a record has
 	for {
@@ -155,14 +162,8 @@ func (l kernelLog) of(devices []string) []string {
 			l.t.Fatalf("%q: %v", line, err)
 		}
 		const warning = 4
-		if priority&7 > warning {
-			continue
-		}
-		for _, word := range append([]string{"blocked for more than"}, devices...) {
-			if strings.Contains(line, strings.TrimPrefix(word, "/dev/")) {
-				lines = append(lines, line)
-				break
-			}
+		if priority&7 <= warning && named.MatchString(line) {
+			lines = append(lines, line)
 		}
 	}
 }
@@ -281,14 +282,8 @@ func TestKilledUnderLoad(t *testing.T) {
 		t.Errorf("kernel: %s", line)
 	}
 	t.Logf("%d kills and a SIGTERM; the longest that a write took was %s", kills, longest)
-	snapshots, err := k.ListSnapshots(k.rpc(), &csi.ListSnapshotsRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range snapshots.GetEntries() {
-		if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: s.GetSnapshot().GetSnapshotId()}); err != nil {
-			t.Error(err)
-		}
+	for _, id := range k.snapshots() {
+		k.deleteSnapshot(id)
 	}
 	k.deleteVolume(ids["clone"])
 	k.deleteVolume(ids["xfs"])
@@ -323,10 +318,11 @@ func TestHolderKilled(t *testing.T) {
 // health lists what is wrong with a volume, as text.
 func (k *kubelet) health(id string) []string {
 	k.p.t.Helper()
-	resp, err := k.NodeGetVolumeHealth(k.rpc(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
-	if err != nil {
-		k.p.t.Fatal(err)
-	}
+	var resp *csi.NodeGetVolumeHealthResponse
+	k.must("health of "+id, func() (err error) {
+		resp, err = k.NodeGetVolumeHealth(k.rpc(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		return err
+	})
 	var all []string
 	for _, e := range resp.GetVolumeHealth().GetHealthStatuses() {
 		all = append(all, strings.Join([]string{e.GetStatus().String(), e.GetReason(), e.GetMessage()}, " "))

@@ -8,11 +8,15 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // A kubelet drives a process as a node's kubelet does.
@@ -25,7 +29,12 @@ type kubelet struct {
 
 func newKubelet(p *process) *kubelet {
 	p.t.Helper()
-	conn, err := grpc.NewClient("unix://"+p.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("unix://"+p.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// The next process serves within milliseconds of its start.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second},
+			MinConnectTimeout: deadline,
+		}))
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -40,6 +49,35 @@ func (k *kubelet) rpc() context.Context {
 	return ctx
 }
 
+// again reports whether err tells the caller to come back: the process was killed a
+// moment ago, is at work on the volume, or ran out of time on a busy machine.
+func again(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.Aborted, codes.DeadlineExceeded:
+		return true
+	}
+	return false
+}
+
+// must makes a call until it succeeds, as a kubelet does that is told to come back.
+func (k *kubelet) must(what string, call func() error) {
+	k.p.t.Helper()
+	told := ""
+	k.p.wait(what, func() bool {
+		err := call()
+		switch {
+		case err == nil:
+			return true
+		case !again(err):
+			k.p.t.Fatalf("%s: %v", what, err)
+		case err.Error() != told:
+			told = err.Error()
+			k.p.t.Logf("%s, to be repeated: %v", what, err)
+		}
+		return false
+	})
+}
+
 func capability(fstype string) *csi.VolumeCapability {
 	c := &csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER}}
 	if fstype == "" {
@@ -52,11 +90,12 @@ func capability(fstype string) *csi.VolumeCapability {
 
 func (k *kubelet) create(name string, mib int64, source *csi.VolumeContentSource, fstype string) string {
 	k.p.t.Helper()
-	resp, err := k.CreateVolume(k.rpc(), &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: mib << 20},
-		VolumeCapabilities: []*csi.VolumeCapability{capability(fstype)}, VolumeContentSource: source})
-	if err != nil {
-		k.p.t.Fatalf("create %s: %v", name, err)
-	}
+	var resp *csi.CreateVolumeResponse
+	k.must("create "+name, func() (err error) {
+		resp, err = k.CreateVolume(k.rpc(), &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: mib << 20},
+			VolumeCapabilities: []*csi.VolumeCapability{capability(fstype)}, VolumeContentSource: source})
+		return err
+	})
 	return resp.GetVolume().GetVolumeId()
 }
 
@@ -91,36 +130,60 @@ func (k *kubelet) publish(name, id, fstype string) error {
 // use stages and publishes.
 func (k *kubelet) use(name, id, fstype string) {
 	k.p.t.Helper()
-	if err := errors.Join(k.stage(name, id, fstype), k.publish(name, id, fstype)); err != nil {
-		k.p.t.Fatalf("use %s: %v", name, err)
-	}
+	k.must("stage "+name, func() error { return k.stage(name, id, fstype) })
+	k.must("publish "+name, func() error { return k.publish(name, id, fstype) })
 }
 
 func (k *kubelet) unuse(name, id string) {
 	k.p.t.Helper()
-	_, err := k.NodeUnpublishVolume(k.rpc(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: k.target(name)})
-	if err == nil {
-		_, err = k.NodeUnstageVolume(k.rpc(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: k.staging(name)})
-	}
-	if err != nil {
-		k.p.t.Fatalf("unuse %s: %v", name, err)
-	}
+	k.must("unpublish "+name, func() error {
+		_, err := k.NodeUnpublishVolume(k.rpc(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: k.target(name)})
+		return err
+	})
+	k.must("unstage "+name, func() error {
+		_, err := k.NodeUnstageVolume(k.rpc(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: k.staging(name)})
+		return err
+	})
 }
 
 func (k *kubelet) deleteVolume(id string) {
 	k.p.t.Helper()
-	if _, err := k.DeleteVolume(k.rpc(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
-		k.p.t.Fatalf("delete %s: %v", id, err)
-	}
+	k.must("delete "+id, func() error {
+		_, err := k.DeleteVolume(k.rpc(), &csi.DeleteVolumeRequest{VolumeId: id})
+		return err
+	})
 }
 
 func (k *kubelet) snapshot(name, id string) string {
 	k.p.t.Helper()
-	resp, err := k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: id})
-	if err != nil {
-		k.p.t.Fatalf("snapshot %s: %v", name, err)
-	}
+	var resp *csi.CreateSnapshotResponse
+	k.must("snapshot "+name, func() (err error) {
+		resp, err = k.CreateSnapshot(k.rpc(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: id})
+		return err
+	})
 	return resp.GetSnapshot().GetSnapshotId()
+}
+
+func (k *kubelet) deleteSnapshot(id string) {
+	k.p.t.Helper()
+	k.must("delete "+id, func() error {
+		_, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: id})
+		return err
+	})
+}
+
+// snapshots lists the IDs of all snapshots.
+func (k *kubelet) snapshots() []string {
+	k.p.t.Helper()
+	var ids []string
+	k.must("list the snapshots", func() error {
+		resp, err := k.ListSnapshots(k.rpc(), &csi.ListSnapshotsRequest{})
+		for _, e := range resp.GetEntries() {
+			ids = append(ids, e.GetSnapshot().GetSnapshotId())
+		}
+		return err
+	})
+	return ids
 }
 
 // finish deletes nothing more: the pool must be empty, the end clean.

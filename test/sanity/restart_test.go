@@ -3,12 +3,13 @@ package sanity
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -49,13 +50,9 @@ func TestKilledWithVolumesStaged(t *testing.T) {
 			health.GetVolumeHealth().GetHealthStatuses()[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE {
 			t.Errorf("%s: health %v, %v; want INACCESSIBLE", name, health, err)
 		}
-		begin := time.Now()
 		_, err = k.NodeGetVolumeStats(k.rpc(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: k.target(name)})
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("%s: stats: %v, want UNAVAILABLE", name, err)
-		}
-		if took := time.Since(begin); took > deadline/2 {
-			t.Errorf("%s: stats took %s", name, took)
 		}
 		if err := k.publish(name, id, fstypes[name]); status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("%s: publish: %v, want FAILED_PRECONDITION", name, err)
@@ -143,7 +140,13 @@ func TestPodHoldsDeadMount(t *testing.T) {
 	if err := p.signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	p.start() // takes away what was held
+	p.wait("the device that was held to be taken away", func() bool {
+		if err := p.restartCleanly(); err != nil {
+			t.Fatal(err)
+		}
+		return len(p.loops()) == 0
+	})
+	p.start()
 	k.finish()
 }
 
@@ -151,23 +154,24 @@ func TestPodHoldsDeadMount(t *testing.T) {
 func TestSecondProcessIsRefused(t *testing.T) {
 	p := newProcess(t)
 	p.start()
-	other := p.path("other")
-	if err := os.Mkdir(other, 0o700); err != nil {
+	other, another := p.path("other"), p.path("another")
+	if err := errors.Join(os.Mkdir(other, 0o700), os.Mkdir(another, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []struct{ pool, run, want string }{
-		{p.pool(), p.path("run2"), "pool is in use by another process"},
-		{other, p.path("run"), "is in use by another process"},
+	var refused sync.WaitGroup // at once: each waits for its predecessor to go
+	for i, c := range []struct{ socket, pool, run, want string }{
+		{p.path("b.sock"), p.pool(), p.path("run2"), "pool is in use by another process"},
+		{p.path("c.sock"), other, p.path("run"), "is in use by another process"},
+		{p.socket(), another, p.path("run3"), "served by another process"},
 	} {
-		out, err := exec.Command(p.binary, "node", "--endpoint", "unix://"+p.path("b.sock"), "--pool", "default="+c.pool, "--run-dir", c.run, "--node-id", "n").CombinedOutput()
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.ExitCode() != 1 || !bytes.Contains(out, []byte(c.want)) {
-			t.Errorf("pool %s, run %s: %v\n%s", c.pool, c.run, err, out)
-		}
+		refused.Go(func() { // ends with the process
+			out, err := exec.Command(p.binary, "node", "--endpoint", "unix://"+c.socket, "--pool", "default="+c.pool, "--run-dir", c.run, "--node-id", fmt.Sprint("n", i)).CombinedOutput()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 1 || !bytes.Contains(out, []byte(c.want)) {
+				t.Errorf("socket %s, pool %s, run %s: %v\n%s", c.socket, c.pool, c.run, err, out)
+			}
+		})
 	}
-	out, err := exec.Command(p.binary, "node", "--endpoint", "unix://"+p.socket(), "--pool", "default="+other, "--run-dir", p.path("run3"), "--node-id", "n").CombinedOutput()
-	if err == nil || !bytes.Contains(out, []byte("served by another process")) {
-		t.Errorf("same socket: %v\n%s", err, out)
-	}
+	refused.Wait()
 	newKubelet(p).finish()
 }

@@ -7,8 +7,6 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
-
-	"github.com/container-storage-interface/spec/lib/go/csi"
 )
 
 // TestTrim deletes files of a mounted filesystem and trims it: the host file
@@ -60,9 +58,7 @@ func TestTrim(t *testing.T) {
 	if now := used(); one-now > bytes/2 {
 		t.Errorf("%d bytes of %d came back although a snapshot has them", one-now, bytes)
 	}
-	if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: snap}); err != nil {
-		t.Fatal(err)
-	}
+	k.deleteSnapshot(snap)
 	p.wait("the space of the file that the snapshot had", given(one))
 	k.unuse("trimmed", id)
 	k.deleteVolume(id)

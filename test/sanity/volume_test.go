@@ -7,8 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/container-storage-interface/spec/lib/go/csi"
-
 	"csi-qcow2/volume"
 )
 
@@ -61,9 +59,7 @@ func TestVolumeCommand(t *testing.T) {
 	k.unuse("pvc", id)
 	k.deleteVolume(id)
 	for _, id := range []string{snap, later} {
-		if _, err := k.DeleteSnapshot(k.rpc(), &csi.DeleteSnapshotRequest{SnapshotId: id}); err != nil {
-			t.Fatal(err)
-		}
+		k.deleteSnapshot(id)
 	}
 	k.finish()
 }
