@@ -28,14 +28,16 @@ unit() {
 	local packages
 	packages=$(go list ./...) || return
 	# shellcheck disable=SC2046 # one word per package
-	go test -race -timeout 20m $(grep -Ev "$apart" <<<"$packages")
+	go test -race -timeout 1h $(grep -Ev "$apart" <<<"$packages")
 }
 
 # crash enumerates what a power loss or a kill can leave, and fails every
 # operation in every way: N states each (20000), a tenth of them judged by qemu-img.
-# Then it cuts the power under a pool on a real filesystem.
+# Then it cuts the power under a pool on a real filesystem. Before all that, it
+# kills every operation of a pool at each of its steps.
 crash() {
 	local n=${N:-20000}
+	go test -count=1 -timeout 1h -v ./volume -run '^TestKilledAtEveryStep$' | grep -Ev '^=== (RUN|PAUSE|CONT|NAME)' || return
 	go test -count=1 -timeout 1h -v ./test/powerloss | grep -Ev '^=== (RUN|PAUSE|CONT|NAME)' || return
 	go test -count=1 -timeout 6h -v ./qcow2 \
 		-run '^(TestPowerLoss|TestKilledAnywhere|TestFaultAtEveryOperation)$' \

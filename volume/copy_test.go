@@ -120,7 +120,7 @@ func TestDeleteWhileCopying(t *testing.T) {
 	ended := make(chan struct{})
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { p.Run(ctx); close(ended) }() // ends with ctx
-	for deadline := time.Now().Add(time.Minute); !p.images.inUse(c.ID); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); !p.images.inUse(c.ID); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the copy has not begun")
 		}

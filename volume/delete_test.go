@@ -167,7 +167,7 @@ func TestReaperRuns(t *testing.T) {
 	for _, name := range []string{"a", "s1", "s2", "cloned", "grandchild", "restored"} {
 		remove(t, p, f.ids[name])
 	}
-	limit := time.Now().Add(time.Minute)
+	limit := time.Now().Add(5 * time.Minute)
 	for len(files(t, p.Path())) > 0 {
 		if time.Now().After(limit) {
 			t.Fatalf("left: %q", files(t, p.Path()))

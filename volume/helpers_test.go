@@ -164,6 +164,9 @@ func wantBytes(t *testing.T, p *Pool, id string, off int64, b byte, n int) {
 	if err := d.Close(); err != nil {
 		t.Fatalf("close %s: %v", id, err)
 	}
+	if bytes.Equal(got, bytes.Repeat([]byte{b}, n)) { // at once: the race detector looks at each access
+		return
+	}
 	for i := range got {
 		if got[i] != b {
 			t.Fatalf("byte %d of volume %s: got %#x, want %#x", off+int64(i), id, got[i], b)

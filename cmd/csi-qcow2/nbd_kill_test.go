@@ -308,7 +308,7 @@ func TestNBDKilledUnderLoad(t *testing.T) {
 
 // connect connects to a server that is starting, and negotiates.
 func connect(socket string, server *exec.Cmd, stderr *bytes.Buffer) (net.Conn, error) {
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(processTime)
 	for {
 		conn, err := net.Dial("unix", socket)
 		if err == nil {
@@ -318,7 +318,7 @@ func connect(socket string, server *exec.Cmd, stderr *bytes.Buffer) (net.Conn, e
 			conn.Close()
 		}
 		if time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("no server in 20 s: %s", stderr), err)
+			return nil, errors.Join(fmt.Errorf("no server in %s: %s", processTime, stderr), err)
 		}
 		time.Sleep(time.Millisecond) // its next poll; there is nothing to wait on
 	}

@@ -38,6 +38,9 @@ var nbdBinary = sync.OnceValues(func() (string, error) {
 	return path, cmd.Run()
 })
 
+// processTime bounds every wait for a process: a machine may be busy.
+const processTime = 2 * time.Minute
+
 // A nbdProcess is `csi-qcow2 nbd` as a process, on a unix socket.
 type nbdProcess struct {
 	t      *testing.T
@@ -111,7 +114,7 @@ func (p *nbdProcess) waitEnd(code int) {
 	p.t.Helper()
 	select {
 	case <-p.ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(processTime):
 		p.cmd.Process.Kill()
 		<-p.ended
 		p.t.Fatalf("csi-qcow2 nbd does not end\n%s", &p.out)
@@ -124,14 +127,14 @@ func (p *nbdProcess) waitEnd(code int) {
 // until waits until ok returns true while the process lives.
 func (p *nbdProcess) until(what string, ok func() bool) {
 	p.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); {
+	for deadline := time.Now().Add(processTime); !ok(); {
 		select {
 		case <-p.ended:
 			p.t.Fatalf("csi-qcow2 nbd has ended: waited until %s\n%s", what, &p.out)
 		case <-time.After(2 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
-			p.t.Fatalf("waited 20 s until %s", what)
+			p.t.Fatalf("waited %s until %s", processTime, what)
 		}
 	}
 }
