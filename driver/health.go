@@ -20,14 +20,28 @@ const (
 	reasonImageCorrupt  = "ImageCorrupt"    // a structure of the image contradicts itself
 	reasonImageFailed   = "ImageFailed"     // the image could not be opened, written or closed
 	reasonPoolFull      = "PoolFull"
+	reasonWritesPaused  = "WritesPaused" // writes wait for space in the pool
 	reasonPoolUnread    = "PoolUnreachable"
 	reasonUnprotected   = "ProcessUnprotected" // the node process may hang when memory is short
 )
 
 // consequence says what a pool's level means to its volumes.
-var consequence = map[volume.Level]string{
-	volume.LevelRefuse: "; it takes no new volumes",
-	volume.LevelStop:   "; writes that need space get ENOSPC",
+func consequence(pool *volume.Pool, level volume.Level) string {
+	switch level {
+	case volume.LevelRefuse:
+		return "; it takes no new volumes"
+	case volume.LevelStop:
+		return "; writes that need space " + stopped(pool)
+	}
+	return ""
+}
+
+// stopped says what becomes of writes that a full pool has no space for.
+func stopped(pool *volume.Pool) string {
+	if pause := pool.Pause(); pause > 0 {
+		return fmt.Sprintf("wait until some is freed, and get ENOSPC after %s", pause)
+	}
+	return "get ENOSPC until some is freed"
 }
 
 // poolLowPercent is the share of a pool's space below which it counts as degraded.
@@ -60,10 +74,16 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 	if pool.Stopped() {
 		h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
 			Status: csi.VolumeHealthErrorType_DEGRADED, Reason: reasonPoolFull,
-			Message: fmt.Sprintf("pool %q is full: writes that need space get ENOSPC until some is freed", pool.Path()),
+			Message: fmt.Sprintf("pool %q is full: writes that need space %s", pool.Path(), stopped(pool)),
 		})
 	}
 	if v := d.stagedVolume(id); v != nil {
+		if v.pause.paused() > 0 {
+			h.HealthStatuses = append(h.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+				Status: csi.VolumeHealthErrorType_DEGRADED, Reason: reasonWritesPaused,
+				Message: fmt.Sprintf("writes wait for space in pool %q", pool.Path()),
+			})
+		}
 		if loss := d.lossOf(v); loss != nil {
 			e := &csi.VolumeHealth_VolumeHealthEntry{
 				Status: csi.VolumeHealthErrorType_INACCESSIBLE, Reason: reasonDeviceLost,
@@ -157,7 +177,7 @@ func (s nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStor
 		case c.Available < c.Total/100*poolLowPercent || pool.Level(c) > volume.LevelOK:
 			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
 				Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: reasonPoolFull,
-				Message: fmt.Sprintf("pool %q has %d of %d bytes left%s", pool.Path(), c.Available, c.Total, consequence[pool.Level(c)])})
+				Message: fmt.Sprintf("pool %q has %d of %d bytes left%s", pool.Path(), c.Available, c.Total, consequence(pool, pool.Level(c)))})
 		}
 	}
 	return resp, nil

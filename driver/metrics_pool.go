@@ -17,7 +17,7 @@ var (
 	poolOvercommit  = desc("pool_overcommit_ratio", "Virtual sizes of the pool's volumes together, in terms of the size of its file system.", "pool")
 	poolBound       = desc("pool_overcommit_limit", "Bound of pool_overcommit_ratio; 0 for none.", "pool")
 	poolRoom        = desc("pool_room_bytes", "Size that a new volume of the pool may have.", "pool")
-	poolLevel       = desc("pool_level", "How full the pool is: 0 well, 1 warn, 2 no new volumes, 3 guest writes that need space are refused.", "pool")
+	poolLevel       = desc("pool_level", "How full the pool is: 0 well, 1 warn, 2 no new volumes, 3 guest writes that need space wait or are refused.", "pool")
 	poolRefused     = desc("pool_refused_writes_total", "Guest writes that were refused to keep the pool's file system from filling up.", "pool")
 	poolVolumes     = desc("pool_volumes", "Volumes of the pool, by what they were made from: nothing, a snapshot, a volume.", "pool", "source")
 	poolSnapshots   = desc("pool_snapshots", "Snapshots of the pool.", "pool")

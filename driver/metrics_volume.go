@@ -17,6 +17,7 @@ var (
 	volumeBytes   = desc("volume_bytes_total", "Bytes that requests to the volume were for.", "volume", "kind")
 	volumeErrors  = desc("volume_errors_total", "Requests to the volume that failed.", "volume", "kind")
 	volumeDepth   = desc("volume_queue_depth", "Requests to the volume that are under way.", "volume")
+	volumePaused  = desc("volume_paused_writes", "Writes to the volume that wait for space in its pool.", "volume")
 	volumeServed  = desc("volume_served", "1 while the staged volume's device is served.", "volume", "device", "kind")
 	cacheHits     = desc("cache_hits_total", "Metadata tables that were found in the cache.", "volume")
 	cacheMisses   = desc("cache_misses_total", "Metadata tables that were read from the image.", "volume")
@@ -50,6 +51,7 @@ func (d *Driver) collectVolume(to chan<- prometheus.Metric, v *stagedVolume) {
 		served = 1
 	}
 	gauge(to, volumeServed, served, id, v.hint.Device, kind)
+	gauge(to, volumePaused, v.pause.paused(), id)
 	if m, ok := d.meters.Load(id); ok {
 		collectRequests(to, id, m.(*meter.Meter))
 	}

@@ -174,15 +174,16 @@ func (d *Driver) reattach(ctx context.Context, v *stagedVolume) (_ *stagedVolume
 	if err != nil {
 		return nil, err
 	}
-	backend, options := d.exported(disk, vol, &v.hint)
+	backend, pause, options := d.exported(pool, disk, vol, &v.hint)
 	device, err := d.opts.Attacher.Reattach(ctx, backend, options)
 	if err != nil {
+		pause.giveUp()
 		if errors.Is(err, nbdexport.ErrDeviceGone) {
 			err = fmt.Errorf("%w: %w", errLost, err)
 		}
 		return nil, errors.Join(err, disk.Close())
 	}
-	next := &stagedVolume{hint: v.hint, disk: disk, device: device}
+	next := &stagedVolume{hint: v.hint, disk: disk, device: device, pause: pause}
 	if next.hint.Device != device.Path() { // the predecessor died before it knew
 		next.hint.Device = device.Path()
 		if err := d.remember(next); err != nil {
@@ -198,6 +199,7 @@ func (d *Driver) leave(v *stagedVolume) error {
 	if v.device == nil {
 		return nil
 	}
+	v.pause.giveUp()
 	v.device.Leave()
 	err := errors.Join(v.disk.Image.Flush(), v.disk.Close())
 	if err != nil {

@@ -100,12 +100,13 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(v); err != nil { // before the kernel knows of it
 		return nil, errors.Join(err, disk.Close())
 	}
-	backend, options := d.exported(disk, vol, &want)
+	backend, pause, options := d.exported(pool, disk, vol, &want)
 	device, err := d.opts.Attacher.Attach(ctx, backend, options)
 	if err != nil {
+		pause.giveUp()
 		return nil, errors.Join(err, disk.Close(), d.forget(want.Volume))
 	}
-	attached := &stagedVolume{hint: want, disk: disk, device: device}
+	attached := &stagedVolume{hint: want, disk: disk, device: device, pause: pause}
 	attached.hint.Device = device.Path()
 	d.put(attached) // whatever fails now, the device is not lost sight of
 	if err := d.remember(attached); err != nil {
@@ -116,10 +117,16 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 }
 
 // exported returns what a device is made of: the same for the process that attaches it and for one that
-// reattaches it.
-func (d *Driver) exported(disk *volume.Disk, vol volume.Volume, h *stageHint) (nbdexport.Backend, nbdexport.DeviceOptions) {
-	backend := imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO})
-	return meter.NewBackend(backend, d.meterOf(h.Volume)),
+// reattaches it. The pausing part of it, if its writes may wait, is given up at the end.
+func (d *Driver) exported(pool *volume.Pool, disk *volume.Disk, vol volume.Volume, h *stageHint) (nbdexport.Backend, *pausing, nbdexport.DeviceOptions) {
+	image := imagebackend.New(disk.Image, imagebackend.Options{IgnoreDiscard: !vol.Params.Discard, Direct: vol.Params.DirectIO})
+	var backend nbdexport.Backend = image
+	var pause *pausing
+	if pool.Pause() > 0 {
+		pause = newPausing(image, pool)
+		backend = pause
+	}
+	return meter.NewBackend(backend, d.meterOf(h.Volume)), pause,
 		nbdexport.DeviceOptions{ID: h.deviceID(), ReadOnly: h.Block && h.readOnly(), Discard: vol.Params.Discard}
 }
 
@@ -250,6 +257,7 @@ const detachTimeout = time.Minute
 // mounts are detached whoever uses them: nobody can use them any more. What it
 // could not do is left for the next call.
 func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error {
+	v.pause.giveUp() // the kernel unmounts and detaches after the last write
 	paths := []string{v.hint.StagingPath}
 	if lost {
 		for target := range v.hint.Targets {

@@ -69,6 +69,7 @@ type stagedVolume struct {
 	hint   stageHint
 	disk   *volume.Disk     // nil when lost
 	device nbdexport.Device // nil when lost
+	pause  *pausing         // nil when lost, and when its writes never wait for space
 	loss   error            // why device is nil
 }
 

@@ -26,6 +26,9 @@ type Guard struct {
 	// ENOSPC. The rest is for metadata, and for what others put beside the pool:
 	// a file system that is full to the last byte cannot even forget a snapshot.
 	StopAt float64
+	// Pause is how long a guest's write may wait for space before it gets ENOSPC;
+	// zero lets none wait. It needs StopAt. See Pool.AwaitRoom.
+	Pause time.Duration
 }
 
 // Validate returns all that is wrong with g.
@@ -42,10 +45,21 @@ func (g Guard) Validate() error {
 	if math.IsNaN(g.Overcommit) || g.Overcommit < 0 || g.Overcommit > maxOvercommit {
 		errs = append(errs, fmt.Errorf("%w: overcommit %v: want 0 to %d", ErrInvalid, g.Overcommit, maxOvercommit))
 	}
+	switch {
+	case g.Pause < 0 || g.Pause > maxPause:
+		errs = append(errs, fmt.Errorf("%w: pause of %s: want 0 to %s", ErrInvalid, g.Pause, maxPause))
+	case g.Pause > 0 && g.StopAt == 0:
+		errs = append(errs, fmt.Errorf("%w: pause of %s without a use at which writes stop", ErrInvalid, g.Pause))
+	}
 	return errors.Join(errs...)
 }
 
-const maxOvercommit = 1 << 20
+const (
+	maxOvercommit = 1 << 20
+	// maxPause bounds how long the end of a pod may take: its processes cannot be
+	// killed while a write of theirs waits.
+	maxPause = 24 * time.Hour
+)
 
 // guardEvery is how often the use of the file system is looked at.
 const guardEvery = time.Second
@@ -61,7 +75,8 @@ type guard struct {
 	refusedAt atomic.Int64  // the last one, Unix time in nanoseconds
 
 	mu       sync.Mutex
-	promised int64 // virtual sizes of volumes that are being made or expanded, bytes; guarded by mu
+	promised int64         // virtual sizes of volumes that are being made or expanded, bytes; guarded by mu
+	looked   chan struct{} // closed by the next look; nil when nobody waits for it; guarded by mu
 }
 
 // A Level says how full a pool is, in terms of its Guard.
@@ -72,7 +87,7 @@ const (
 	LevelOK     Level = iota
 	LevelWarn         // someone should look
 	LevelRefuse       // nothing new is made
-	LevelStop         // writes that need space get ENOSPC
+	LevelStop         // writes that need space wait, or get ENOSPC
 )
 
 // level returns how full c is.
@@ -94,8 +109,8 @@ func (p *Pool) Level(c Capacity) Level { return p.guard.opts.level(c) }
 // may pass where large ones do not.
 const stoppedFor = time.Minute
 
-// Stopped reports whether guest writes that need space get ENOSPC, or did a
-// moment ago.
+// Stopped reports whether guest writes that need space wait or get ENOSPC, or
+// did a moment ago.
 func (p *Pool) Stopped() bool {
 	g := &p.guard
 	return g.opts.StopAt > 0 && (g.left.Load() <= 0 || time.Since(time.Unix(0, g.refusedAt.Load())) < stoppedFor)
@@ -103,6 +118,9 @@ func (p *Pool) Stopped() bool {
 
 // Refused returns how many guest writes were refused for want of space.
 func (p *Pool) Refused() uint64 { return p.guard.refused.Load() }
+
+// Pause returns how long a guest's write may wait for space, zero for not at all.
+func (p *Pool) Pause() time.Duration { return p.guard.opts.Pause }
 
 // Overcommit returns the bound of Guard.Overcommit, zero for none.
 func (p *Pool) Overcommit() float64 { return p.guard.opts.Overcommit }
@@ -178,9 +196,42 @@ func (p *Pool) admit(n int64) error {
 	if p.guard.opts.StopAt == 0 || p.guard.left.Add(-n) >= 0 {
 		return nil
 	}
-	p.guard.refused.Add(1)
+	if p.guard.opts.Pause == 0 { // else it waits, see AwaitRoom
+		p.guard.refused.Add(1)
+	}
 	p.guard.refusedAt.Store(time.Now().UnixNano())
 	return fmt.Errorf("pool %q is more than %g %% full: %w", p.path, 100*p.guard.opts.StopAt, unix.ENOSPC)
+}
+
+// AwaitRoom waits, on behalf of a guest's write that got ENOSPC, until a look at
+// the file system finds room; then the write is tried again, and may have to
+// wait again, because others have waited as well. When ctx or the pool ends it
+// returns an error, and the write counts as refused. The caller holds nothing
+// that freeing space needs: of the image it has no lock.
+func (p *Pool) AwaitRoom(ctx context.Context) error {
+	for {
+		select {
+		case <-p.guard.nextLook():
+			if p.guard.left.Load() > 0 {
+				return nil
+			}
+			continue
+		case <-ctx.Done():
+		case <-p.ctx.Done():
+		}
+		p.guard.refused.Add(1)
+		return errors.Join(ctx.Err(), p.ctx.Err())
+	}
+}
+
+// nextLook returns a channel that the next look closes.
+func (g *guard) nextLook() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.looked == nil {
+		g.looked = make(chan struct{})
+	}
+	return g.looked
 }
 
 // look sets what guests may allocate until the next look.
@@ -193,6 +244,12 @@ func (p *Pool) look() error {
 		return err
 	}
 	p.guard.left.Store(int64(p.guard.opts.StopAt*float64(c.Total)) - (c.Total - c.Available))
+	p.guard.mu.Lock()
+	defer p.guard.mu.Unlock()
+	if p.guard.looked != nil {
+		close(p.guard.looked)
+		p.guard.looked = nil
+	}
 	return nil
 }
 

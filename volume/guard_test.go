@@ -185,6 +185,57 @@ func TestStop(t *testing.T) {
 	}
 }
 
+// TestAwaitRoom: a write that waits is let go by the first look that finds
+// room, and otherwise by the end of its context or of the pool.
+func TestAwaitRoom(t *testing.T) {
+	p := guarded(t, Guard{StopAt: 1, Pause: time.Hour})
+	wait := func(ctx context.Context) <-chan error {
+		done := make(chan error, 1)
+		go func() { done <- p.AwaitRoom(ctx) }() // ends with ctx at the latest
+		return done
+	}
+	waits := func() { // until somebody waits for the next look
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			p.guard.mu.Lock()
+			waiting := p.guard.looked != nil
+			p.guard.mu.Unlock()
+			if waiting {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("nobody waits for room")
+			}
+		}
+	}
+	p.guard.left.Store(-1)
+	if err := p.admit(4096); !errors.Is(err, syscall.ENOSPC) || p.Refused() != 0 {
+		t.Fatalf("admit in a full pool: %v, %d refusals were counted", err, p.Refused())
+	}
+	done := wait(t.Context())
+	waits()
+	full := p.guard.opts.StopAt
+	p.guard.opts.StopAt = 1e-9 // a look at a full file system
+	if err := p.look(); err != nil {
+		t.Fatal(err)
+	}
+	waits() // still
+	p.guard.opts.StopAt = full
+	if err := p.look(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil || p.Refused() != 0 {
+		t.Errorf("with room again: %v, %d refusals were counted", err, p.Refused())
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done = wait(ctx)
+	waits()
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || p.Refused() != 1 {
+		t.Errorf("after the end of its context: %v, %d refusals were counted", err, p.Refused())
+	}
+}
+
 // TestWatch: the watcher notices that there is room again.
 func TestWatch(t *testing.T) {
 	p := guarded(t, Guard{StopAt: 1})
@@ -202,7 +253,8 @@ func TestWatch(t *testing.T) {
 }
 
 func TestGuardIsChecked(t *testing.T) {
-	for _, g := range []Guard{{WarnAt: -0.1}, {RefuseAt: 1.1}, {StopAt: math.NaN()}, {Overcommit: -1}, {Overcommit: math.Inf(1)}} {
+	for _, g := range []Guard{{WarnAt: -0.1}, {RefuseAt: 1.1}, {StopAt: math.NaN()}, {Overcommit: -1}, {Overcommit: math.Inf(1)},
+		{StopAt: 1, Pause: -1}, {StopAt: 1, Pause: 25 * time.Hour}, {Pause: time.Second}} {
 		if err := g.Validate(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v: %v", g, err)
 		}

@@ -218,7 +218,46 @@ func TestOvercommit(t *testing.T) {
 	s.described("late", "would promise more than 2 times")
 	s.stop("other")
 	s.deleteClaim("more")
-	s.bound("late")
+	s.start("late", s.withClaim("late"))
+}
+
+// TestPoolPause: with --pool-pause a pod that fills the pool's disk waits
+// instead of being told so, its user reads why, and when there is room again it
+// goes on as if nothing had been.
+func TestPoolPause(t *testing.T) {
+	agentArguments(t, "--pool-pause=1h")
+	s := newSpace(t)
+	s.claim("data", "256Mi", class(classSmall))
+	s.claim("more", "256Mi", class(classSmall))
+	s.start("pod", s.withClaim("data"))
+	s.start("other", s.withClaim("more"))
+	s.write("other", mountPath+"/ballast", 150)
+	written := make(chan error, 1)
+	go func() { // ends when the pod has written, or with the deadline of try
+		out, err := s.try("pod", "head -c 178257920 /dev/urandom | tee "+mountPath+"/noise | sha256sum >/tmp/sum && sync "+mountPath+"/noise")
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+		written <- err
+	}()
+	agent := csi.NewNodeClient(dialAgent(t))
+	id := s.bound("data").Spec.CSI.VolumeHandle
+	eventually(t, "health of the volume", func(ctx context.Context) error {
+		resp, err := agent.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		if err != nil {
+			return err
+		}
+		return hasReason(resp.GetVolumeHealth().GetHealthStatuses(), "WritesPaused")
+	})
+	if os.Getenv("SHAPE") == "standard" {
+		s.described("data", "WritesPaused")
+	}
+	s.stop("other")
+	s.deleteClaim("more")
+	if err := <-written; err != nil {
+		t.Fatalf("the writer did not go on: %v", err)
+	}
+	s.want("content", s.sum("pod", mountPath+"/noise", 170), s.sh("pod", "cat /tmp/sum"))
 }
 
 // agentArguments adds arguments of the node agent until the test ends.

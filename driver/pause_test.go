@@ -1,0 +1,209 @@
+package driver
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"csi-qcow2/internal/imagebackend"
+	"csi-qcow2/nbdexport"
+	"csi-qcow2/nbdexport/nbdtest"
+	"csi-qcow2/qcow2"
+	"csi-qcow2/volume"
+)
+
+// A testRoom is a pool's room. Looks are what the test sends.
+type testRoom struct {
+	full  atomic.Bool
+	looks chan struct{}
+}
+
+func (r *testRoom) Pause() time.Duration { return time.Hour }
+
+func (r *testRoom) AwaitRoom(ctx context.Context) error {
+	select {
+	case <-r.looks:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (r *testRoom) admit(int64) error {
+	if r.full.Load() {
+		return syscall.ENOSPC
+	}
+	return nil
+}
+
+func newTestPausing(t *testing.T) (*pausing, *testRoom) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	create, err := qcow2.OpenFile(path, qcow2.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(qcow2.Create(t.Context(), create, 16<<20, qcow2.CreateOptions{}), create.Close()); err != nil {
+		t.Fatal(err)
+	}
+	file, err := qcow2.OpenFile(path, qcow2.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	room := &testRoom{looks: make(chan struct{})}
+	im, err := qcow2.Open(t.Context(), file, qcow2.Options{Admit: room.admit, PassDiscard: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := im.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	p := newPausing(imagebackend.New(im, imagebackend.Options{}), room)
+	t.Cleanup(p.giveUp)
+	return p, room
+}
+
+func TestPausingConforms(t *testing.T) {
+	nbdtest.TestBackend(t, func(t *testing.T) nbdexport.Backend {
+		p, _ := newTestPausing(t)
+		return p
+	})
+}
+
+// TestPause: a write that finds no space waits over as many looks as it takes,
+// other requests go on meanwhile, and then it is there.
+func TestPause(t *testing.T) {
+	p, room := newTestPausing(t)
+	data := bytes.Repeat([]byte{7}, 1<<20)
+	if _, err := p.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	room.full.Store(true)
+	done := make(chan error, 1)
+	go func() { // ends with giveUp at the latest
+		_, err := p.WriteAt(data, 8<<20)
+		done <- err
+	}()
+	for range 3 { // looks that find room for others only
+		room.looks <- struct{}{}
+	}
+	if n := p.paused(); n != 1 {
+		t.Errorf("%d writes wait, want 1", n)
+	}
+	got := make([]byte, len(data))
+	if _, err := p.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read: %v", err)
+	}
+	if _, err := p.WriteAt(data, 0); err != nil {
+		t.Errorf("write in place: %v", err)
+	}
+	if err := p.Flush(); err != nil {
+		t.Errorf("flush: %v", err)
+	}
+	room.full.Store(false)
+	room.looks <- struct{}{}
+	if err := <-done; err != nil {
+		t.Fatalf("with room again: %v", err)
+	}
+	if _, err := p.ReadAt(got, 8<<20); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read what waited: %v", err)
+	}
+	if n := p.paused(); n != 0 {
+		t.Errorf("%d writes wait, want none", n)
+	}
+}
+
+// TestPauseEnds: what waits gets ENOSPC when the volume is unstaged, when the
+// process stops, and when it has waited for long enough.
+func TestPauseEnds(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		pause time.Duration
+		end   func(*testing.T, *Driver, string)
+	}{
+		{"unstaged", time.Hour, func(t *testing.T, d *Driver, id string) {
+			if err := d.unstage(t.Context(), id, filepath.Join(d.opts.RunDir, "staging")); err != nil {
+				t.Error(err)
+			}
+		}},
+		{"stopped", time.Hour, func(t *testing.T, d *Driver, _ string) {
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		}},
+		{"long enough", 10 * time.Millisecond, func(*testing.T, *Driver, string) {}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			pool, err := volume.Open(t.Context(), t.TempDir(), volume.Options{Guard: volume.Guard{StopAt: 1e-9, Pause: c.pause}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer pool.Close()
+			v, err := pool.Create(t.Context(), volume.CreateRequest{Name: "v", Params: volume.DefaultParams()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			k := newKernel()
+			d, err := New(t.Context(), Options{NodeID: "n", Pools: map[string]*volume.Pool{"default": pool},
+				Attacher: fakeAttacher{k}, Host: fakeHost{k}, RunDir: t.TempDir()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.name != "stopped" {
+				defer d.Close()
+			}
+			want := stageHint{Volume: v.ID, StagingPath: filepath.Join(d.opts.RunDir, "staging"), Block: true,
+				Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER.String()}
+			if err := d.stage(t.Context(), want); err != nil {
+				t.Fatal(err)
+			}
+			device := k.devices[d.stagedVolume(v.ID).device.Path()]
+			done := make(chan error, 1)
+			go func() { // ends with the pause
+				_, err := device.backend.WriteAt(bytes.Repeat([]byte{1}, 4096), 0)
+				done <- err
+			}()
+			if c.pause == time.Hour {
+				awaitReason(t, d, pool, v.ID, reasonWritesPaused)
+			}
+			c.end(t, d, v.ID)
+			if err := <-done; !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("the write that waited: %v, want ENOSPC", err)
+			}
+			if pool.Refused() == 0 {
+				t.Error("it is not counted as refused")
+			}
+		})
+	}
+}
+
+// awaitReason waits until something is wrong with the volume id for this reason.
+func awaitReason(t *testing.T, d *Driver, pool *volume.Pool, id, reason string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		h, err := d.healthOf(pool, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.ContainsFunc(h.GetHealthStatuses(), func(e *csi.VolumeHealth_VolumeHealthEntry) bool { return e.GetReason() == reason }) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the health is %v, want %s", h, reason)
+		}
+	}
+}
