@@ -36,7 +36,7 @@ func TestStartupTaint(t *testing.T) {
 
 	s.claim("data", "32Mi")
 	s.submit("pod", s.withClaim("data"))
-	s.event("Pod", "pod", startupTaint)
+	s.event("Pod", "pod", "untolerated taint")
 	if !tainted(t) {
 		t.Fatal("the taint is gone, and there is no agent")
 	}
