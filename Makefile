@@ -74,6 +74,10 @@ test-sabotage: ## break one rule of the code at a time: the tests must notice (p
 test-e2e: ## the driver on a real Kubernetes of one node; PARTS='build up readme deploy test suite down'
 	@hack/e2e.sh $(PARTS)
 
+.PHONY: test-dashboard
+test-dashboard: ## the Grafana dashboard against Grafana's schema; needs npm
+	@deploy/monitoring/grafana/check.sh
+
 .PHONY: manifests
 manifests: ## render and check deploy/kubernetes (part of test)
 	@hack/test.sh manifests
