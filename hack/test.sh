@@ -62,7 +62,7 @@ restart() {
 }
 
 demo() {
-	go test -count=1 -timeout 10m ./internal/demo
+	go test -count=1 -timeout 1h ./internal/demo
 }
 
 manifests() {

@@ -45,7 +45,7 @@ var binary = sync.OnceValue(func() string {
 })
 
 // runTime bounds one run of the demo, and its end.
-const runTime = 3 * time.Minute
+const runTime = 10 * time.Minute
 
 // A run is the demo as a process.
 type run struct {
@@ -208,17 +208,24 @@ func TestInterrupt(t *testing.T) {
 		{22, 10 * time.Millisecond}, {24, 20 * time.Millisecond}, {25, 5 * time.Millisecond},
 	} {
 		t.Run(fmt.Sprintf("step %d after %v", point.step, point.after), func(t *testing.T) {
-			r := start(t)
-			r.announced(point.step)
-			time.Sleep(point.after) // the place in the step is the point of the test, any will do
-			if err := r.cmd.Process.Signal(os.Interrupt); err != nil {
-				t.Fatal(err)
+			for range 10 {
+				r := start(t)
+				r.announced(point.step)
+				time.Sleep(point.after) // the place in the step is the point of the test, any will do
+				if err := r.cmd.Process.Signal(os.Interrupt); err != nil && !errors.Is(err, os.ErrProcessDone) {
+					t.Fatal(err)
+				}
+				code := r.ended()
+				r.nothingLeft()
+				if code == 0 {
+					continue // on a busy machine the demo may be through before
+				}
+				if said := r.stderr.String(); code != 1 || !strings.Contains(said, "interrupted at step") || strings.Contains(said, "not put away") {
+					t.Errorf("exit code %d, want 1; it said %q\n%s", code, said, r.output())
+				}
+				return
 			}
-			code := r.ended()
-			r.nothingLeft()
-			if said := r.stderr.String(); code != 1 || !strings.Contains(said, "interrupted at step") || strings.Contains(said, "not put away") {
-				t.Errorf("exit code %d, want 1; it said %q\n%s", code, said, r.output())
-			}
+			t.Error("the demo was always through before it was interrupted")
 		})
 	}
 }

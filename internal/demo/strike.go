@@ -12,9 +12,9 @@ import (
 )
 
 const (
-	unmountTime = 20 * time.Second // for the CSI calls of one volume
-	stopTime    = 20 * time.Second // for the agent to end
-	settleTime  = 5 * time.Second  // for the kernel to finish what was ended
+	unmountTime = time.Minute      // for the CSI calls of one volume
+	stopTime    = time.Minute      // for the agent to end
+	settleTime  = 10 * time.Second // for the kernel to finish what was ended
 )
 
 // strike takes s down: what is mounted, attached and running, in this order.
