@@ -83,6 +83,13 @@ type SparseReader interface {
 	SparseReads() bool
 }
 
+// A GranularWriter is a Backend to which parts of a granule, a range of some length
+// at a multiple of it, may cost as much as all of it. Without it there is none.
+type GranularWriter interface {
+	// WriteGranule returns the length of a granule in bytes.
+	WriteGranule() int64
+}
+
 // An AlignedWriter is a Backend that wants its memory aligned, because it
 // passes it on to files opened with O_DIRECT.
 type AlignedWriter interface {

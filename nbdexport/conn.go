@@ -44,8 +44,8 @@ func ServeTransmission(ctx context.Context, conn net.Conn, e *Export) error {
 //	receiver -> validate -+                   +-> sender
 //	                      +-> tasks, workers -+
 //
-// The goroutine in serve reads requests and answers the small ones in line,
-// see pace. The others go to up to maxWorkers workers. Replies leave in any
+// The goroutine in serve reads requests and answers the small ones in line, and
+// long writes as they arrive, see pace. The others go to up to maxWorkers workers. Replies leave in any
 // order.
 type conn struct {
 	backend Backend
@@ -56,6 +56,9 @@ type conn struct {
 	rx   receiver
 	out  *sender
 	pace pace
+	// longPace is the pace of writes longer than receiveBuffer; nil when all go to
+	// workers. Those in between gain nothing in line.
+	longPace *pace
 
 	tasks   chan task
 	workers sync.WaitGroup
@@ -80,6 +83,9 @@ func newConn(nc net.Conn, b Backend, t terms, writeTimeout time.Duration) *conn 
 	}
 	if a, ok := b.(AlignedWriter); ok {
 		c.aligned = a.WantsAligned()
+	}
+	if g, ok := b.(GranularWriter); !c.aligned && (!ok || g.WriteGranule() <= writePiece) {
+		c.longPace = new(pace)
 	}
 	if s, ok := b.(SparseReader); ok {
 		c.sparse = t.structured && s.SparseReads()
@@ -190,8 +196,11 @@ func (c *conn) start(ctx context.Context, r *request) error {
 		err = c.readInLine(r)
 		c.pace.answered()
 		return err
+	case r.cmd == cmdWrite && r.n > receiveBuffer && r.flags&flagFUA == 0 && c.longPace != nil && c.longPace.next():
+		return c.writeLong(r)
 	case r.cmd == cmdWrite && r.n > maxBuffer:
-		return c.writeInPieces(r)
+		_, err = c.writeInPieces(r, maxBuffer)
+		return err
 	case r.cmd == cmdWrite && r.n <= inLineBytes && r.flags&flagFUA == 0 && !c.aligned && c.pace.next():
 		err = c.writeInLine(r)
 		c.pace.answered()

@@ -68,6 +68,24 @@ func (p *pace) answered() {
 		p.begin()
 		return
 	}
+	p.hand()
+}
+
+// took is for requests that are each measured by themselves, instead of begin, end and
+// answered: one was answered in line, took d, and is slow when that is longer than slow.
+func (p *pace) took(d, slow time.Duration) {
+	switch {
+	case d <= slow:
+		p.suspect, p.handed = false, 0
+	case p.suspect:
+		p.hand()
+	default:
+		p.suspect = true
+	}
+}
+
+// hand begins to hand requests to workers.
+func (p *pace) hand() {
 	p.handed = min(max(2*p.handed, minHanded), maxHanded)
 	p.left, p.inLine = p.handed, 0
 }

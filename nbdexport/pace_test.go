@@ -70,3 +70,29 @@ func TestPaceForgivesOneSlowRun(t *testing.T) {
 		}
 	})
 }
+
+// TestPaceOfLongWrites checks that one slow write is forgiven, that two in a row
+// send the next to workers, and that the pace finds its way back.
+func TestPaceOfLongWrites(t *testing.T) {
+	const slow = time.Millisecond
+	var p pace
+	write := func(d time.Duration) (inLine bool) {
+		if inLine = p.next(); inLine {
+			p.took(d, slow)
+		}
+		return inLine
+	}
+	for i, d := range []time.Duration{slow, 2 * slow, slow, 2 * slow, 2 * slow} {
+		if !write(d) {
+			t.Fatalf("write %d went to a worker", i)
+		}
+	}
+	for i := range minHanded {
+		if write(slow) {
+			t.Fatalf("write %d after two slow ones is in line: want it at a worker", i)
+		}
+	}
+	if !write(slow) || !write(slow) {
+		t.Error("a backend that is fast again still has workers")
+	}
+}

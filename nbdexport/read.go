@@ -116,7 +116,7 @@ func (c *conn) readChunk(r *request, off uint64, n, cost int) bool {
 func (c *conn) readStream(t *task) {
 	r := &t.r
 	end := r.off + r.n
-	n := pieceAt(r.off, end)
+	n := pieceAt(r.off, end, maxBuffer)
 	if c.out.admit(maxBuffer) != nil {
 		return
 	}
@@ -131,7 +131,7 @@ func (c *conn) readStream(t *task) {
 			return err
 		}
 		for off := r.off + uint64(n); off < end; off += uint64(n) {
-			n = pieceAt(off, end)
+			n = pieceAt(off, end, maxBuffer)
 			if err := c.readAt(buf.b[:n], off); err != nil {
 				return err
 			}

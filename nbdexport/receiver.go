@@ -14,6 +14,9 @@ type receiver struct {
 	conn net.Conn
 	buf  []byte
 	r, w int // buf[r:w] is read from conn and not consumed
+	// narrow: the last payload did not go through buf. The next probably will not
+	// either, and what is read of it behind its head would be copied.
+	narrow bool
 	// beforeRead is called before each read from conn, which may wait.
 	beforeRead func()
 	// afterRead is called after it.
@@ -29,7 +32,11 @@ func (rx *receiver) peek(n int) ([]byte, error) {
 			rx.w = copy(rx.buf, rx.buf[rx.r:rx.w])
 			rx.r = 0
 		}
-		m, err := rx.read(rx.buf[rx.w:])
+		room := rx.buf[rx.w:]
+		if rx.narrow {
+			room, rx.narrow = room[:n-(rx.w-rx.r)], false
+		}
+		m, err := rx.read(room)
 		rx.w += m
 		if m == 0 && err != nil {
 			if rx.w > rx.r {
@@ -48,6 +55,7 @@ func (rx *receiver) consume(n int) { rx.r += n }
 func (rx *receiver) readFull(p []byte) error {
 	n := copy(p, rx.buf[rx.r:rx.w])
 	rx.r += n
+	rx.narrow = n < len(p)
 	for n < len(p) {
 		m, err := rx.read(p[n:])
 		n += m

@@ -25,21 +25,25 @@ type Backend struct {
 	opts     Options
 	fastZero bool // zeroes cost metadata only
 	sparse   bool // so does BlockStatus
+	granule  int64
 }
 
 var (
-	_ nbdexport.Backend       = (*Backend)(nil)
-	_ nbdexport.FastZeroer    = (*Backend)(nil)
-	_ nbdexport.SparseReader  = (*Backend)(nil)
-	_ nbdexport.AlignedWriter = (*Backend)(nil)
+	_ nbdexport.Backend        = (*Backend)(nil)
+	_ nbdexport.FastZeroer     = (*Backend)(nil)
+	_ nbdexport.SparseReader   = (*Backend)(nil)
+	_ nbdexport.AlignedWriter  = (*Backend)(nil)
+	_ nbdexport.GranularWriter = (*Backend)(nil)
 )
 
 // New returns a Backend of d, which stays the caller's to close.
 func New(d qcow2.Disk, o Options) *Backend {
 	b := &Backend{disk: d, opts: o}
 	if im, ok := d.(*qcow2.Image); ok {
-		b.fastZero = im.Info().Version >= 3 // version 2 has no zero clusters
+		info := im.Info()
+		b.fastZero = info.Version >= 3 // version 2 has no zero clusters
 		b.sparse = true
+		b.granule = info.ClusterSize
 	}
 	return b
 }
@@ -98,6 +102,10 @@ func (b *Backend) Size() int64 { return b.disk.Size() }
 
 // SparseReads implements nbdexport.SparseReader.
 func (b *Backend) SparseReads() bool { return b.sparse }
+
+// WriteGranule implements nbdexport.GranularWriter: a cluster that is allocated may
+// be copied as a whole.
+func (b *Backend) WriteGranule() int64 { return b.granule }
 
 // WantsAligned implements nbdexport.AlignedWriter.
 func (b *Backend) WantsAligned() bool { return b.opts.Direct }

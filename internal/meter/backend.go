@@ -14,11 +14,12 @@ type Backend struct {
 }
 
 var (
-	_ nbdexport.Backend       = (*Backend)(nil)
-	_ nbdexport.FastZeroer    = (*Backend)(nil)
-	_ nbdexport.Cacher        = (*Backend)(nil)
-	_ nbdexport.SparseReader  = (*Backend)(nil)
-	_ nbdexport.AlignedWriter = (*Backend)(nil)
+	_ nbdexport.Backend        = (*Backend)(nil)
+	_ nbdexport.FastZeroer     = (*Backend)(nil)
+	_ nbdexport.Cacher         = (*Backend)(nil)
+	_ nbdexport.SparseReader   = (*Backend)(nil)
+	_ nbdexport.GranularWriter = (*Backend)(nil)
+	_ nbdexport.AlignedWriter  = (*Backend)(nil)
 )
 
 // NewBackend returns a Backend that counts in m what it passes to next.
@@ -96,6 +97,14 @@ func (b *Backend) Cache(off, n int64) error {
 func (b *Backend) SparseReads() bool {
 	s, ok := b.next.(nbdexport.SparseReader)
 	return ok && s.SparseReads()
+}
+
+// WriteGranule implements nbdexport.GranularWriter.
+func (b *Backend) WriteGranule() int64 {
+	if g, ok := b.next.(nbdexport.GranularWriter); ok {
+		return g.WriteGranule()
+	}
+	return 0
 }
 
 // WantsAligned implements nbdexport.AlignedWriter.
