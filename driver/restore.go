@@ -93,7 +93,30 @@ func (d *Driver) Restore(ctx context.Context) {
 	}
 	workers.Wait()
 	d.returning = nil
-	// What a hint knows is still mounted most likely: it waits for stage or unstage.
+	d.removeUnknown(ctx)
+}
+
+// tidyInterval is the time between two looks for devices that nobody knows.
+const tidyInterval = time.Minute
+
+// Tidy removes, over and over until ctx ends, devices that nobody knows and nothing holds any more, such as
+// one of a volume that was lost and staged again while somebody still had it open. It is for after Restore.
+func (d *Driver) Tidy(ctx context.Context) {
+	ticker := time.NewTicker(tidyInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			d.removeUnknown(ctx)
+		}
+	}
+}
+
+// removeUnknown removes devices of ended processes that nobody knows and nothing holds. What a hint knows is
+// still mounted most likely: it waits for stage or unstage.
+func (d *Driver) removeUnknown(ctx context.Context) {
 	err := d.cleanStale(ctx, func(deviceID string) bool {
 		d.mu.Lock()
 		defer d.mu.Unlock()

@@ -136,3 +136,43 @@ func TestCallsBeforeRestore(t *testing.T) {
 	}
 	r.wantClean()
 }
+
+// TestHeldDeviceIsRemovedLater: the device of a lost volume that somebody has open stays while the volume is staged
+// again, and goes when it is not open any more.
+func TestHeldDeviceIsRemovedLater(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	if err := r.stage(id, blockCap()); err != nil {
+		t.Fatal(err)
+	}
+	old := r.driver.stagedVolume(id).hint.Device
+	hold := func(held bool) {
+		r.kernel.mu.Lock()
+		defer r.kernel.mu.Unlock()
+		r.kernel.devices[old].held = held
+	}
+	there := func() bool {
+		r.kernel.mu.Lock()
+		defer r.kernel.mu.Unlock()
+		return r.kernel.devices[old] != nil
+	}
+	hold(true)
+	r.kernel.die()
+	r.replace()
+	if err := r.stage(id, blockCap()); err != nil {
+		t.Fatal(err)
+	}
+	r.driver.removeUnknown(t.Context())
+	if !there() {
+		t.Fatal("a device that is open was removed")
+	}
+	hold(false)
+	r.driver.removeUnknown(t.Context())
+	if there() {
+		t.Error("a device that nobody knows is left")
+	}
+	if err := r.unstage(id); err != nil {
+		t.Error(err)
+	}
+	r.wantClean()
+}

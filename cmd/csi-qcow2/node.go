@@ -161,6 +161,7 @@ func serveNode(ctx context.Context, f nodeFlags, pools map[string]*volume.Pool, 
 	}
 	workers.Go(func() {
 		d.Restore(background)
+		workers.Go(func() { d.Tidy(background) })
 		runPools(background, pools, tables.Cache)
 	})
 	klog.InfoS("serving", "endpoint", path, "driver", f.driverName, "nodeID", f.nodeID, "device", attacher.Kind(), "version", version)
