@@ -311,7 +311,7 @@ func (k fakeHost) Grow(context.Context, string, string, string) error { return k
 func (k fakeHost) Sync(string) error                                  { return nil }
 func (k fakeHost) ReadEnds(string) error                              { return k.readEnds }
 
-func (k fakeHost) Freeze(_ context.Context, path string, device uint64, _ time.Duration) (Frozen, error) {
+func (k fakeHost) Freeze(_ context.Context, path string, device uint64, _ time.Duration, _ string) (Frozen, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := errors.Join(k.stepLocked(), k.freezeErr); err != nil {
@@ -322,7 +322,7 @@ func (k fakeHost) Freeze(_ context.Context, path string, device uint64, _ time.D
 	return fakeFrozen{k.kernel, path}, k.stepLocked()
 }
 
-func (k fakeHost) ThawLeft(_ context.Context, path string, device uint64) error {
+func (k fakeHost) ThawLeft(_ context.Context, path string, device uint64, _ string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if frozen, ok := k.frozen[path]; ok && frozen != device {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -22,10 +23,12 @@ import (
 //  1. A record in the run directory says what is about to be frozen.
 //  2. A process of its own freezes it, for freezeLimit at most (package freezer).
 //     It thaws when this process ends, when the limit has passed, or when asked.
+//     It keeps the record locked until it is gone.
 //  3. The images are cut, in milliseconds, and the filesystems are thawed.
 //  4. The record goes.
 //
-// When both processes are killed, the next one thaws what records name. A
+// When both processes are killed, the next one thaws what records name, at once
+// and again when they are not locked any more. A
 // filesystem that was thawed too early fails the snapshot, which is undone then.
 // The filesystem that holds a pool or the run directory is never frozen: the
 // snapshot would wait for itself.
@@ -48,6 +51,9 @@ const (
 )
 
 func freezeName(id string) string { return freezesDir + "/" + id + ".json" }
+
+// freezeLock is the file that is locked while something freezes the volume id: its record.
+func (d *Driver) freezeLock(id string) string { return filepath.Join(d.runDir.Path(), freezeName(id)) }
 
 // A frozenVolume is a staged volume whose filesystem is frozen.
 type frozenVolume struct {
@@ -113,7 +119,7 @@ func (d *Driver) freeze(ctx context.Context, id string) (_ *frozenVolume, err er
 	if err := durable.WriteRecord(d.runDir, freezeName(id), freezeKind, freezeVersion, record); err != nil {
 		return nil, err
 	}
-	fs, err := d.opts.Host.Freeze(ctx, record.Path, record.Device, freezeLimit)
+	fs, err := d.opts.Host.Freeze(ctx, record.Path, record.Device, freezeLimit, d.freezeLock(id))
 	switch {
 	case err == nil:
 		held = true
@@ -194,8 +200,8 @@ func (d *Driver) thawLater(ctx context.Context, record freezeRecord) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), thawLimit)
 	d.work.Go(func() { // ends when the kernel answers, or with ctx
 		defer cancel()
-		err := d.opts.Host.ThawLeft(ctx, record.Path, record.Device)
-		if err == nil {
+		err := d.opts.Host.ThawLeft(ctx, record.Path, record.Device, d.freezeLock(record.Volume))
+		if err == nil || d.unmounted(record) {
 			err = d.runDir.Remove(freezeName(record.Volume))
 		}
 		if err != nil {
@@ -204,6 +210,12 @@ func (d *Driver) thawLater(ctx context.Context, record freezeRecord) {
 		}
 		log.Info("thawed what may have been left frozen", "volumeID", record.Volume, "stagingPath", record.Path)
 	})
+}
+
+// unmounted reports whether what record names is not mounted there any more.
+func (d *Driver) unmounted(record freezeRecord) bool {
+	mounts, err := d.opts.Host.Mounts(record.Path)
+	return err == nil && !slices.ContainsFunc(mounts, func(m Mount) bool { return m.Device == record.Device })
 }
 
 // thawLeft thaws, in the background, what a predecessor may have left frozen.

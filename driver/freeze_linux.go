@@ -8,8 +8,8 @@ import (
 )
 
 // Freeze implements Host.
-func (linuxHost) Freeze(ctx context.Context, path string, device uint64, limit time.Duration) (Frozen, error) {
-	f, err := freezer.Freeze(ctx, path, device, limit)
+func (linuxHost) Freeze(ctx context.Context, path string, device uint64, limit time.Duration, lock string) (Frozen, error) {
+	f, err := freezer.Freeze(ctx, path, device, limit, lock)
 	if err != nil {
 		return nil, err
 	}
@@ -17,6 +17,6 @@ func (linuxHost) Freeze(ctx context.Context, path string, device uint64, limit t
 }
 
 // ThawLeft implements Host.
-func (linuxHost) ThawLeft(ctx context.Context, path string, device uint64) error {
-	return freezer.ThawLeft(ctx, path, device)
+func (linuxHost) ThawLeft(ctx context.Context, path string, device uint64, lock string) error {
+	return freezer.ThawLeft(ctx, path, device, lock)
 }

@@ -29,12 +29,13 @@ type Host interface {
 	// Sync writes back the filesystem mounted at path.
 	Sync(path string) error
 	// Freeze stops writes to the filesystem mounted at path, which is on the
-	// device, for at most limit, whatever happens to this process. Errors:
+	// device, for at most limit, whatever happens to this process. The file lock
+	// is locked until nothing of that is under way any more. Errors:
 	// freezer.ErrFrozen.
-	Freeze(ctx context.Context, path string, device uint64, limit time.Duration) (Frozen, error)
+	Freeze(ctx context.Context, path string, device uint64, limit time.Duration, lock string) (Frozen, error)
 	// ThawLeft thaws the filesystem mounted at path, which is on the device,
-	// if a process that has ended has left it frozen.
-	ThawLeft(ctx context.Context, path string, device uint64) error
+	// if a process that has ended has left it frozen, or will: see Freeze for lock.
+	ThawLeft(ctx context.Context, path string, device uint64, lock string) error
 	// Usage returns the use of the filesystem mounted at path.
 	Usage(path string) (Usage, error)
 

@@ -40,6 +40,12 @@
 // as in a container that ends, the filesystem stays frozen: the parent's successor
 // calls ThawLeft for what its records say was being frozen.
 //
+// A freezer that is killed inside FIFREEZE, which waits for writers, and these for
+// a device that nobody serves, goes on as soon as somebody does: it freezes, and
+// ends without thawing. Meanwhile FITHAW says that nothing is frozen. So a freezer
+// keeps a file locked until the kernel has done with it, and ThawLeft looks again
+// after that.
+//
 // # Spec
 //
 // ioctl_fsfreeze of the kernel, fs/super.c of Linux 6: freeze_super, thaw_super.

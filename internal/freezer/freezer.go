@@ -34,9 +34,10 @@ type Frozen struct {
 
 // Freeze freezes the filesystem that is mounted at path, which must be on the
 // device, for at most limit. It returns early when ctx ends: the filesystem
-// is then thawed as soon as the kernel has frozen it.
-func Freeze(ctx context.Context, path string, device uint64, limit time.Duration) (*Frozen, error) {
-	f, err := start(path, device, limit)
+// is then thawed as soon as the kernel has frozen it. The file lock stays locked
+// until the freezer is gone, for ThawLeft; "" is for none.
+func Freeze(ctx context.Context, path string, device uint64, limit time.Duration, lock string) (*Frozen, error) {
+	f, err := start(path, device, limit, lock)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +54,7 @@ func Freeze(ctx context.Context, path string, device uint64, limit time.Duration
 }
 
 // start starts a freezer.
-func start(path string, device uint64, limit time.Duration) (*Frozen, error) {
+func start(path string, device uint64, limit time.Duration, lock string) (*Frozen, error) {
 	if !able {
 		return nil, errors.New("freezer: this program does not call Main")
 	}
@@ -63,6 +64,17 @@ func start(path string, device uint64, limit time.Duration) (*Frozen, error) {
 		Env:         []string{"GOMAXPROCS=1"},
 		Dir:         "/",
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true}, // what a terminal sends is for the parent
+	}
+	if lock != "" {
+		held, err := os.Open(lock)
+		if err != nil {
+			return nil, err
+		}
+		defer held.Close() // the freezer has a copy, and with it the lock
+		if err := unix.Flock(int(held.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return nil, fmt.Errorf("lock %q: %w", lock, err)
+		}
+		cmd.ExtraFiles = []*os.File{held}
 	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -121,24 +133,43 @@ func (f *Frozen) Thaw(ctx context.Context) error {
 type leftover struct {
 	Path   string
 	Device uint64
+	Lock   string
 }
 
-// thawLeft makes the call aside: it may wait for a device that its caller serves.
+// thawLeft makes the calls aside: they may wait for a device that their caller serves.
 var thawLeft = aside.Op("thaw", func(l leftover, _ []*os.File) (struct{}, error) {
-	f, err := openMount(l.Path, l.Device)
+	if err := l.thaw(); err != nil || l.Lock == "" {
+		return struct{}{}, err
+	}
+	f, err := os.Open(l.Lock)
 	if err != nil {
 		return struct{}{}, err
 	}
 	defer f.Close()
-	if err := fsfreeze(f, fiThaw); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: it is not frozen
-		return struct{}{}, fmt.Errorf("thaw %q: %w", l.Path, err)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH); err != nil {
+		return struct{}{}, fmt.Errorf("lock %q: %w", l.Lock, err)
 	}
-	return struct{}{}, nil
+	return struct{}{}, l.thaw()
 })
 
+// thaw thaws what is frozen now. The kernel says the same of what is being frozen as of what is not frozen.
+func (l leftover) thaw() error {
+	f, err := openMount(l.Path, l.Device)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := fsfreeze(f, fiThaw); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("thaw %q: %w", l.Path, err)
+	}
+	return nil
+}
+
 // ThawLeft thaws the filesystem that is mounted at path, which must be on the
-// device, if it is frozen: a process that has ended may have left it so.
-func ThawLeft(ctx context.Context, path string, device uint64) error {
-	_, err := thawLeft(ctx, leftover{path, device})
+// device, if it is frozen: a process that has ended may have left it so. With the
+// lock that Freeze was given, it waits for the freezer to be gone, and thaws then
+// what that one has frozen at last.
+func ThawLeft(ctx context.Context, path string, device uint64, lock string) error {
+	_, err := thawLeft(ctx, leftover{path, device, lock})
 	return err
 }

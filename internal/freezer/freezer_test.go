@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 		path, device, _ := strings.Cut(what, " ")
 		number, err := strconv.ParseUint(device, 10, 64)
 		if err == nil {
-			_, err = Freeze(context.Background(), path, number, time.Hour)
+			_, err = Freeze(context.Background(), path, number, time.Hour, "")
 		}
 		fmt.Println(err)
 		select {} // until it is killed
@@ -64,7 +64,7 @@ func newMount(t *testing.T, fstype string) (string, uint64) {
 	}
 	device := deviceOf(t, dir)
 	t.Cleanup(func() {
-		_ = ThawLeft(context.Background(), dir, device) // the test's own has ended
+		_ = ThawLeft(context.Background(), dir, device, "") // the test's own has ended
 		err := unix.Unmount(dir, 0)
 		// A freezer that was killed may be on its way out still.
 		for end := time.Now().Add(deadline); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = unix.Unmount(dir, 0) {
@@ -108,7 +108,7 @@ func wantWritten(t *testing.T, done <-chan error) {
 // wantFrozen checks that the kernel says so.
 func wantFrozen(t *testing.T, dir string, device uint64, want bool) {
 	t.Helper()
-	f, err := Freeze(t.Context(), dir, device, time.Hour)
+	f, err := Freeze(t.Context(), dir, device, time.Hour, "")
 	if got := errors.Is(err, ErrFrozen); got != want {
 		t.Fatalf("frozen: got %v (%v), want %v", got, err, want)
 	}
@@ -123,7 +123,7 @@ func TestFreeze(t *testing.T) {
 	for _, fstype := range []string{"ext4", "xfs"} {
 		t.Run(fstype, func(t *testing.T) {
 			dir, device := newMount(t, fstype)
-			f, err := Freeze(t.Context(), dir, device, time.Hour)
+			f, err := Freeze(t.Context(), dir, device, time.Hour, "")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -147,7 +147,7 @@ func TestFreeze(t *testing.T) {
 func TestThawedByItself(t *testing.T) {
 	dir, device := newMount(t, "ext4")
 
-	f, err := Freeze(t.Context(), dir, device, time.Millisecond)
+	f, err := Freeze(t.Context(), dir, device, time.Millisecond, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,16 +156,16 @@ func TestThawedByItself(t *testing.T) {
 		t.Errorf("the limit has passed: got %v, want ErrExpired", err)
 	}
 
-	if f, err = Freeze(t.Context(), dir, device, time.Hour); err != nil {
+	if f, err = Freeze(t.Context(), dir, device, time.Hour, ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := ThawLeft(t.Context(), dir, device); err != nil {
+	if err := ThawLeft(t.Context(), dir, device, ""); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Thaw(t.Context()); !errors.Is(err, ErrExpired) {
 		t.Errorf("somebody else has thawed it: got %v, want ErrExpired", err)
 	}
-	if err := ThawLeft(t.Context(), dir, device); err != nil {
+	if err := ThawLeft(t.Context(), dir, device, ""); err != nil {
 		t.Errorf("what is not frozen: %v", err)
 	}
 }
@@ -249,7 +249,7 @@ func TestThawLeft(t *testing.T) {
 			kill(t, victim)
 			done := write(dir)
 			wantFrozen(t, dir, device, true)
-			if err := ThawLeft(t.Context(), dir, device); err != nil {
+			if err := ThawLeft(t.Context(), dir, device, ""); err != nil {
 				t.Fatal(err)
 			}
 			wantWritten(t, done)
@@ -259,13 +259,13 @@ func TestThawLeft(t *testing.T) {
 
 func TestFreezeRefusals(t *testing.T) {
 	dir, device := newMount(t, "ext4")
-	if _, err := Freeze(t.Context(), dir, device+1, time.Hour); err == nil || !strings.Contains(err.Error(), "device") {
+	if _, err := Freeze(t.Context(), dir, device+1, time.Hour, ""); err == nil || !strings.Contains(err.Error(), "device") {
 		t.Errorf("another device: got %v", err)
 	}
-	if _, err := Freeze(t.Context(), filepath.Join(dir, "none"), device, time.Hour); err == nil {
+	if _, err := Freeze(t.Context(), filepath.Join(dir, "none"), device, time.Hour, ""); err == nil {
 		t.Error("no directory: got nil")
 	}
-	if err := ThawLeft(t.Context(), dir, device+1); err == nil {
+	if err := ThawLeft(t.Context(), dir, device+1, ""); err == nil {
 		t.Error("thaw another device: got nil")
 	}
 	wantFrozen(t, dir, device, false)
