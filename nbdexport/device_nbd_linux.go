@@ -81,8 +81,29 @@ func (d *nbdDevice) stop() {
 func (d *nbdDevice) Survives() error { return nil }
 
 func (d *nbdDevice) Leave() {
+	d.hasten()
 	d.stop()
 	d.driver.forget(d)
+}
+
+const (
+	// leaveIOTimeout is how soon the kernel looks at what a process has left unanswered, beside the second that it
+	// adds. The next process sets it back: with it, the kernel logs whatever is under way at a look.
+	leaveIOTimeout = time.Millisecond
+	// leaveGrace is how long a process goes on after it has set that: what the kernel has sent before is
+	// answered by then, most likely.
+	leaveGrace = 20 * time.Millisecond
+)
+
+// hasten has the kernel resend soon, after a reconnect, what it sends from now on and nobody reads.
+func (d *nbdDevice) hasten() {
+	if d.ours() != nil || d.setIOTimeout(leaveIOTimeout) != nil {
+		return // then it takes a second longer
+	}
+	select {
+	case <-d.done:
+	case <-time.After(leaveGrace):
+	}
 }
 
 // reconnectPause is how long a connection lives at least that is replaced without a pause.
@@ -195,7 +216,8 @@ func (d *nbdDevice) Detach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.Leave()
+	d.stop()
+	d.driver.forget(d)
 	d.detached = true
 	if err := d.backend.Flush(); err != nil {
 		d.lost = errors.Join(d.lost, fmt.Errorf("%w: %w", ErrNotFlushed, err))

@@ -85,7 +85,8 @@
 //     none, the server's end has ended as soon as our copy of the client's end is closed: that is looked at.
 //   - A process that is killed holds its sockets until its last thread is gone: then the kernel marks them dead.
 //   - A request that was under way at a kill is resent at the next look after a reconnect, 2.0 s apart with an
-//     io_timeout of 1 s: the kernel adds a second, rounded up to a power of two of its ticks.
+//     io_timeout of 1 s: the kernel adds a second, rounded up to a power of two of its ticks. A process that ends in
+//     order sets it to 1 ms before: looks are 1.0 s apart then, and log every request that is under way.
 //   - Requests that were under way at a kill never fail by themselves, only by a DISCONNECT (see Abandon). Those that
 //     have waited for DEAD_CONN_TIMEOUT fail, and so does every later one. That is not shown in
 //     sysfs or by STATUS; a reconnect would succeed after it. So the time is noted (see served).
