@@ -36,6 +36,7 @@ func startAgent(s stage, binary, device string) (*agent, error) {
 		"--run-dir", s.run(),
 		"--node-id", "demo",
 		"--device", device,
+		"--pool-refuse", "0", // a demo is small, whatever part of a large disk is in use
 	)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log

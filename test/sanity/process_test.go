@@ -125,7 +125,9 @@ func (p *process) socket() string          { return p.path("csi.sock") }
 func (p *process) start() {
 	p.t.Helper()
 	p.cmd = exec.Command(p.binary, append([]string{"node", "--endpoint", "unix://" + p.socket(), "--pool", "default=" + p.pool(),
-		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2", fmt.Sprintf("--start-holder=%t", !p.alone)}, p.args...)...)
+		"--run-dir", p.path("run"), "--node-id", "sanity-node", "--verbosity", "2", fmt.Sprintf("--start-holder=%t", !p.alone),
+		"--pool-warn", "0", "--pool-refuse", "0", "--pool-stop", "0", // this machine's disk may be nearly full
+	}, p.args...)...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
