@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -254,6 +255,83 @@ func TestThawLeft(t *testing.T) {
 			}
 			wantWritten(t, done)
 		})
+	}
+}
+
+// ThawLeft looks again when the kernel has done with a freezer: what that freezes at last is thawed, too.
+func TestThawLeftWaitsForTheFreezer(t *testing.T) {
+	dir, device := newMount(t, "ext4")
+	lock := filepath.Join(t.TempDir(), "lock")
+	if err := os.WriteFile(lock, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	freezer, err := os.Open(lock) // stands for one that is inside FIFREEZE
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer freezer.Close()
+	if err := unix.Flock(int(freezer.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(freezer.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- ThawLeft(t.Context(), dir, device, lock) }() // ends when the lock is free
+	blocked := fmt.Sprintf(":%d 0 EOF", st.Ino)
+	for end := time.Now().Add(deadline); ; time.Sleep(time.Millisecond) {
+		locks, err := os.ReadFile("/proc/locks")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.ContainsFunc(strings.Split(string(locks), "\n"), func(line string) bool {
+			return strings.Contains(line, "-> FLOCK") && strings.HasSuffix(line, blocked)
+		}) {
+			break
+		}
+		if time.Now().After(end) || len(done) > 0 {
+			t.Fatal("nobody waits for the freezer")
+		}
+	}
+	f, err := openMount(dir, device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(fsfreeze(f, fiFreeze), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	freezer.Close()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	wantFrozen(t, dir, device, false)
+}
+
+// The lock is the freezer's for as long as that lives.
+func TestFreezerKeepsTheLock(t *testing.T) {
+	dir, device := newMount(t, "ext4")
+	lock := filepath.Join(t.TempDir(), "lock")
+	if err := os.WriteFile(lock, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := Freeze(t.Context(), dir, device, time.Hour, lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.Open(lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := unix.Flock(int(other.Fd()), unix.LOCK_SH|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("the lock while it is frozen: %v, want EWOULDBLOCK", err)
+	}
+	if err := f.Thaw(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(other.Fd()), unix.LOCK_SH); err != nil { // waits for the end of the freezer
+		t.Error(err)
 	}
 }
 
