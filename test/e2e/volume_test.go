@@ -103,7 +103,7 @@ func TestExpandOnline(t *testing.T) {
 			s.ask("data", c.to)
 			if c.name == "ext4" && !mayGrowExt4(t) {
 				// The kernel refuses, the claim says why, and the next pod has the room.
-				s.event("Pod", "pod", "resize2fs")
+				s.described("data", "CAP_SYS_RESOURCE")
 				s.want("content", s.sum("pod", c.file, 16), sum)
 				s.stop("pod")
 				s.start("pod", s.withClaim("data"))
