@@ -21,7 +21,7 @@ import (
 const kernelCache = "../../.cache/kernel"
 
 // runTimeout is for a machine that hangs, or that has to share its processors.
-func runTimeout() time.Duration { return 12*time.Minute + time.Duration(*kills)*time.Minute }
+func runTimeout() time.Duration { return 18*time.Minute + time.Duration(*kills)*time.Minute }
 
 // environment is what the programs in the machine need.
 var environment = vm.Environment{

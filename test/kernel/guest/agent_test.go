@@ -37,6 +37,8 @@ type agent struct {
 	dir   string
 	flags []string // beyond the usual
 
+	group int // descriptor of a control group to start in, when not 0
+
 	cmd   *exec.Cmd
 	ended chan struct{} // closed when the process has ended
 	err   error         // of its Wait; read when ended is closed
@@ -50,7 +52,13 @@ type agent struct {
 // newAgent starts an agent over an empty pool. At the end of the test it is stopped, and nothing may be left.
 func newAgent(t *testing.T, flags ...string) *agent {
 	t.Helper()
-	a := &agent{t: t, dir: t.TempDir(), flags: flags}
+	return newAgentIn(t, 0, flags...)
+}
+
+// newAgentIn is newAgent in a control group.
+func newAgentIn(t *testing.T, group int, flags ...string) *agent {
+	t.Helper()
+	a := &agent{t: t, dir: t.TempDir(), flags: flags, group: group}
 	for _, dir := range []string{"pool", "staging", "target"} {
 		if err := os.Mkdir(a.path(dir), 0o700); err != nil {
 			t.Fatal(err)
@@ -74,8 +82,10 @@ func newAgent(t *testing.T, flags ...string) *agent {
 		if t.Failed() {
 			a.printLog()
 		}
-		if left, _ := filepath.Glob("/sys/block/nbd*/backend"); len(left) > 0 {
-			t.Errorf("devices left: %v", left)
+		for _, pattern := range []string{"/sys/block/nbd*/backend", "/sys/block/loop*/loop/backing_file"} {
+			if left, _ := filepath.Glob(pattern); len(left) > 0 {
+				t.Errorf("devices left: %v", left)
+			}
 		}
 	})
 	a.start()
@@ -96,6 +106,9 @@ func (a *agent) start() {
 	a.cmd = exec.Command(binary, append([]string{"node", "--endpoint", "unix://" + a.path("socket"), "--pool", "default=" + a.path("pool"),
 		"--run-dir", runDir, "--node-id", "guest", "--device", "nbd", "--cache-bytes", "8388608"}, a.flags...)...)
 	a.cmd.Stdout, a.cmd.Stderr = log, log
+	if a.group != 0 {
+		a.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: a.group}
+	}
 	if err := a.cmd.Start(); err != nil {
 		a.t.Fatal(err)
 	}
@@ -201,7 +214,7 @@ func (a *agent) try(name string, do func(context.Context) error) error {
 		switch status.Code(err) {
 		case codes.OK:
 			return nil
-		case codes.Aborted, codes.Unavailable:
+		case codes.Aborted, codes.Unavailable, codes.Canceled, codes.DeadlineExceeded:
 		default:
 			return fmt.Errorf("%s: %w", name, err)
 		}

@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
+	"testing"
 	"time"
 )
 
@@ -76,4 +78,44 @@ func (p *pulse) beaten(a *agent) time.Duration {
 		}
 	}
 	return time.Duration(p.worst.Swap(0))
+}
+
+// The pauses of one test: how long I/O stood still each time that the process was replaced.
+type pauses struct {
+	all    []time.Duration
+	excess []time.Duration // of each, over the time that there was no process
+	calm   time.Duration   // the longest beat while nothing happened
+}
+
+// undisturbed takes what the pulses have measured since they were last asked, when nothing had happened.
+func (p *pauses) undisturbed(a *agent, pulses []*pulse) {
+	for _, one := range pulses {
+		p.calm = max(p.calm, one.beaten(a))
+	}
+}
+
+// add takes what the pulses have measured over a replacement, with no process for as long as gap.
+func (p *pauses) add(a *agent, pulses []*pulse, gap time.Duration) time.Duration {
+	pause := time.Duration(0)
+	for _, one := range pulses {
+		pause = max(pause, one.beaten(a))
+	}
+	p.all, p.excess = append(p.all, pause), append(p.excess, pause-gap)
+	return pause
+}
+
+// judge prints the pauses and compares what they had beyond the gaps with most. A beat takes as long as the
+// machine makes it take when nothing happens; the machine may stop for a moment just then, so it is the
+// median that counts, and three times as much for each.
+func (p *pauses) judge(t *testing.T, most time.Duration) {
+	t.Helper()
+	slices.Sort(p.all)
+	slices.Sort(p.excess)
+	n := len(p.all)
+	median, worst := p.excess[n/2], p.excess[n-1]
+	t.Logf("%d pauses: median %d ms, most %d ms; beyond the time without a process: median %d ms, most %d ms; the longest write and sync otherwise: %d ms",
+		n, p.all[n/2].Milliseconds(), p.all[n-1].Milliseconds(), median.Milliseconds(), worst.Milliseconds(), p.calm.Milliseconds())
+	if median > most+p.calm || worst > 3*(most+p.calm) {
+		t.Errorf("I/O stood still for more than %s beyond the time without a process", most)
+	}
 }

@@ -396,14 +396,24 @@ const runDir = "/run/csi-qcow2"
 // holderEnv makes the test binary a process that serves a device until it is killed.
 const holderEnv = "GUEST_HOLDER"
 
+// patienceOfKernel is how long something must stand still until the kernel calls that trouble. The machine's
+// processors may be held up for many seconds by other work of the one that it runs on.
+var patienceOfKernel = map[string]string{
+	"/proc/sys/kernel/hung_task_timeout_secs":               "60",
+	"/proc/sys/kernel/watchdog_thresh":                      "60",
+	"/sys/module/rcupdate/parameters/rcu_cpu_stall_timeout": "120",
+}
+
 func TestMain(m *testing.M) {
 	if os.Getenv(holderEnv) != "" {
 		fmt.Println(hold())
 		os.Exit(1)
 	}
-	if err := os.WriteFile("/proc/sys/kernel/hung_task_timeout_secs", []byte("20"), 0); err != nil {
-		fmt.Println(err)
-		os.Exit(1)
+	for path, seconds := range patienceOfKernel {
+		if err := os.WriteFile(path, []byte(seconds), 0); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }

@@ -19,14 +19,16 @@ import (
 
 // Sizes of TestRestartUnderPressure, in bytes.
 const (
-	pressureVolume = 128 << 20
-	pressureSpare  = 96 << 20 // memory that is left to everybody
-	pressureNode   = 96 << 20 // memory of the node process
+	pressureVolume = 192 << 20
+	pressureSpare  = 64 << 20  // memory that is left to everybody
+	pressureNode   = 96 << 20  // memory of the node process and the programs that it starts
+	pressureMuch   = 128 << 20 // more than all pages that can be dirty
+	pressureSome   = 40 << 20  // that can be dirty while a process starts
 )
 
 // TestRestartUnderPressure writes far more than there is memory, with pages that may be dirty up to 95 percent, the
-// process in a small control group, and kills it meanwhile. The kernel can get memory only by writing to the
-// device, and the process must not wait for that.
+// process in a small control group: the kernel can get memory only by writing to the device, and the process
+// must not wait for that. Then it kills the process while pages are dirty that nobody can write back.
 func TestRestartUnderPressure(t *testing.T) {
 	for name, value := range map[string]string{"dirty_ratio": "95", "dirty_background_ratio": "90"} {
 		path := "/proc/sys/vm/" + name
@@ -51,8 +53,18 @@ func TestRestartUnderPressure(t *testing.T) {
 		t.Fatal(err)
 	}
 	set(t, group+"/memory.max", strconv.Itoa(pressureNode))
+	groupFile, err := os.Open(group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer groupFile.Close()
 
+	// The pool is memory here, and is all there before the process is confined.
 	a := newAgent(t)
+	v := a.createWith(&volume{a: a, name: "pressed", fs: "ext4", bytes: pressureVolume, params: map[string]string{"preallocation": "full"}}, "")
+	a.terminate()
+	a.group = int(groupFile.Fd())
+	a.start()
 	var notes []string
 	a.call("NodeGetStorageHealth", func(ctx context.Context) error {
 		resp, err := a.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
@@ -67,34 +79,48 @@ func TestRestartUnderPressure(t *testing.T) {
 	if len(notes) > 0 {
 		t.Errorf("the process is not protected: %q", notes)
 	}
-	// The pool is memory here: it is all there before the process is confined.
-	v := a.createWith(&volume{a: a, name: "pressed", fs: "ext4", bytes: pressureVolume, params: map[string]string{"preallocation": "full"}}, "")
 	v.mount()
-	confine := func() { set(t, group+"/cgroup.procs", strconv.Itoa(a.cmd.Process.Pid)) }
-	confine()
 	release := hog(t)
-	for n := range 2 {
-		done := make(chan error, 1)
-		go func() { // ends with fio
-			out, err := exec.Command("fio", "--name=pressure", "--thread", "--directory="+v.target(), "--numjobs=1", "--size=96m", "--rw=write", "--bs=64k", "--ioengine=psync",
-				"--end_fsync=1", "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", fmt.Sprintf("--randseed=%d", n), "--minimal").CombinedOutput()
-			if err != nil {
-				err = fmt.Errorf("%w\n%s", err, out)
-			}
-			done <- err
-		}()
-		wait(t, "dirty pages", func() bool { return memory(t, "Dirty")+memory(t, "Writeback") > 16<<20 })
-		a.kill()
-		a.start()
-		confine()
-		if err := <-done; err != nil {
-			t.Errorf("writing under pressure: %v", err)
-		}
-		t.Logf("round %d: %d MiB of memory are available", n+1, memory(t, "MemAvailable")>>20)
+	reclaimed := counter(t, "/proc/vmstat", "pgscan_kswapd") + counter(t, "/proc/vmstat", "pgscan_direct")
+	if err := <-press(v, "much", pressureMuch); err != nil {
+		t.Errorf("writing more than there is memory: %v", err)
+	}
+	reclaimed = counter(t, "/proc/vmstat", "pgscan_kswapd") + counter(t, "/proc/vmstat", "pgscan_direct") - reclaimed
+	t.Logf("%d pages were looked at for memory; the process and its programs had at most %d MiB", reclaimed, counter(t, group+"/memory.peak", "")>>20)
+	if reclaimed == 0 {
+		t.Error("memory was not short: nothing is tested")
+	}
+	if err := os.Remove(filepath.Join(v.target(), "much")); err != nil {
+		t.Error(err)
+	}
+
+	done := press(v, "some", pressureSome)
+	wait(t, "dirty pages", func() bool { return memory(t, "Dirty")+memory(t, "Writeback") > pressureSome/4 })
+	a.kill()
+	a.start()
+	if err := <-done; err != nil {
+		t.Errorf("writing under pressure: %v", err)
 	}
 	release()
 	v.unmount()
 	v.checkAndDelete()
+	if n := counter(t, "/proc/vmstat", "oom_kill"); n > 0 {
+		t.Errorf("the kernel has killed %d processes for want of memory", n)
+	}
+}
+
+// press writes a file and verifies it, and tells when that is done.
+func press(v *volume, name string, bytes int) <-chan error {
+	done := make(chan error, 1)
+	go func() { // ends with fio
+		out, err := exec.Command("fio", "--name=pressure", "--thread", "--filename="+filepath.Join(v.target(), name), "--numjobs=1", "--size="+strconv.Itoa(bytes),
+			"--rw=write", "--bs=64k", "--ioengine=psync", "--end_fsync=1", "--verify=crc32c", "--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", "--minimal").CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w\n%s", err, out)
+		}
+		done <- err
+	}()
+	return done
 }
 
 // hog takes memory until pressureSpare is left.
@@ -126,20 +152,31 @@ func hog(t *testing.T) (release func()) {
 // memory returns a field of /proc/meminfo in bytes.
 func memory(t *testing.T, field string) int64 {
 	t.Helper()
-	b, err := os.ReadFile("/proc/meminfo")
+	return counter(t, "/proc/meminfo", field+":") << 10
+}
+
+// counter returns the number behind a field in a file of the kernel; the first one for the field "".
+func counter(t *testing.T, path, field string) int64 {
+	t.Helper()
+	b, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(b)) {
-		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == field+":" {
-			n, err := strconv.ParseInt(fields[1], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return n << 10
+		fields := strings.Fields(line)
+		if field != "" && (len(fields) < 2 || fields[0] != field) {
+			continue
 		}
+		if field != "" {
+			fields = fields[1:]
+		}
+		n, err := strconv.ParseInt(fields[0], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
 	}
-	t.Fatalf("no %s in /proc/meminfo", field)
+	t.Fatalf("no %s in %s", field, path)
 	return 0
 }
 

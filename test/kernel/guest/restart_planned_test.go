@@ -28,15 +28,16 @@ func TestRestartPlanned(t *testing.T) {
 		pulses = append(pulses, w.pulse(v))
 	}
 	arena := filepath.Join(runDir, "arena")
+	var p pauses
 	for n := range 4 {
-		for _, p := range pulses {
-			p.beaten(a)
-		}
+		p.undisturbed(a, pulses)
 		begin := time.Now()
 		a.terminate()
 		ended := time.Now()
-		if fi, err := os.Stat(arena); err != nil || fi.Size() != 0 {
-			t.Errorf("the arena that is left has %d bytes, %v; want none", fi.Size(), err)
+		if fi, err := os.Stat(arena); err != nil {
+			t.Error(err)
+		} else if fi.Size() != 0 {
+			t.Errorf("the arena that is left has %d bytes, want none", fi.Size())
 		}
 		if left, _ := filepath.Glob("/sys/block/nbd*/backend"); len(left) != 2 {
 			t.Errorf("devices after SIGTERM: %v, want 2", left)
@@ -44,13 +45,11 @@ func TestRestartPlanned(t *testing.T) {
 		a.start()
 		a.restored([]*volume{ext4, xfs})
 		restored := time.Now()
-		pause := time.Duration(0)
-		for _, p := range pulses {
-			pause = max(pause, p.beaten(a))
-		}
+		pause := p.add(a, pulses, restored.Sub(begin))
 		t.Logf("restart %d: ended in %d ms, next process ready after %d ms, pause of %d ms", n+1,
 			ended.Sub(begin).Milliseconds(), restored.Sub(ended).Milliseconds(), pause.Milliseconds())
 	}
+	p.judge(t, time.Second)
 
 	// A process that was killed leaves what another layout would misread: it is refused, and nothing is lost.
 	a.kill()
@@ -75,8 +74,8 @@ func TestRestartPlanned(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.start()
-	for _, p := range pulses {
-		p.beaten(a)
+	for _, one := range pulses {
+		one.beaten(a)
 	}
 	w.stop()
 	for _, v := range []*volume{ext4, xfs} {

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,11 +57,9 @@ func TestRestartKilled(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	t.Logf("%d kills, seed %d", kills, seed)
 	strikes := strikesOf(a, plain, second)
-	var pauses []time.Duration
+	var p pauses
 	for n := range kills {
-		for _, p := range pulses {
-			p.beaten(a)
-		}
+		p.undisturbed(a, pulses)
 		s := strikes[n%len(strikes)]
 		finish := s.begin()
 		time.Sleep(time.Duration(random.Int64N(int64(200 * time.Millisecond)))) // anywhere in the call
@@ -78,15 +75,10 @@ func TestRestartKilled(t *testing.T) {
 		a.restored(all)
 		restart := time.Since(begin)
 		finish()
-		pause := time.Duration(0)
-		for _, p := range pulses {
-			pause = max(pause, p.beaten(a))
-		}
-		pauses = append(pauses, pause)
+		pause := p.add(a, pulses, restart)
 		t.Logf("kill %d, %s: gone after %d ms, restarted after %d ms, pause of %d ms", n+1, s.name, ended.Milliseconds(), restart.Milliseconds(), pause.Milliseconds())
 	}
-	slices.Sort(pauses)
-	t.Logf("pauses of %d kills: median %d ms, most %d ms", kills, pauses[kills/2].Milliseconds(), pauses[kills-1].Milliseconds())
+	p.judge(t, 3*time.Second)
 
 	for _, v := range all {
 		if line := v.mountLine(); !strings.Contains(line, " rw,") {
