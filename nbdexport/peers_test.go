@@ -493,12 +493,20 @@ func TestWriteTimeout(t *testing.T) {
 	}, &nbdexport.Export{Backend: nbdtest.NewMemory(64 << 20)})
 	c := s.client()
 	c.Start("", nbdtest.Structured)
-	fullPipe(t, c, 1<<20)
+	requests := bytes.Repeat(nbdtest.Request{Type: nbdtest.CmdRead, Len: 1 << 20}.Encode(c.Extended), 64)
+	var writing sync.WaitGroup
+	writing.Go(func() { // ends with the connection; until then it does not take a pause of the server for a full pipe
+		for err := error(nil); err == nil; {
+			_, err = c.Conn.Write(requests)
+		}
+	})
 	select {
 	case <-ended:
 	case <-time.After(2 * time.Minute):
 		t.Error("the connection lives on")
 	}
+	c.Conn.Close()
+	writing.Wait()
 }
 
 // TestStopAnswersWhatWasRead ends the server while a request is under way.
