@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"csi-qcow2/internal/storagetest"
 )
 
 // sizesOfSmoke let every line run in a moment.
@@ -19,7 +21,7 @@ var sizesOfSmoke = sizes{
 // TestEveryLineRuns runs every line once on tiny images, and writes the report:
 // it says nothing about speed.
 func TestEveryLineRuns(t *testing.T) {
-	o := options{pairs: 1, time: 50 * time.Millisecond, dir: "/dev/shm", disk: t.TempDir()}
+	o := options{pairs: 1, time: 50 * time.Millisecond, dir: storagetest.MemoryDir(t), disk: t.TempDir()}
 	e, err := newEnv(t.Context(), o, sizesOfSmoke)
 	if err != nil {
 		t.Fatal(err)

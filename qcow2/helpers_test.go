@@ -50,15 +50,7 @@ func newRand(t testing.TB) *rand.Rand {
 // scratch returns a directory in memory, where syncs cost nothing.
 func scratch(t testing.TB) string {
 	t.Helper()
-	if _, err := os.Stat("/dev/shm"); err != nil {
-		return t.TempDir()
-	}
-	dir, err := os.MkdirTemp("/dev/shm", "qcow2-test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
+	return storagetest.MemoryDir(t)
 }
 
 // newCache returns a cache that is closed after everything opened later.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 )
 
 // clone makes a clone of source with the mode.
@@ -112,7 +113,7 @@ func TestCopyWaitsForSnapshots(t *testing.T) {
 // A copy under way neither keeps its volume from being deleted nor holds anything
 // of it open afterwards.
 func TestDeleteWhileCopying(t *testing.T) {
-	dir := memoryDir(t)
+	dir := storagetest.MemoryDir(t)
 	p := openPool(t, dir, Options{Cache: newCache(t), CopyBandwidth: 1})
 	a := create(t, p, "a", Source{})
 	write(t, p, a.ID, 0, 1, 2<<20)

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"csi-qcow2/cache"
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -45,7 +46,7 @@ func startNode(t *testing.T, dir string, o Options) *node {
 // killed returns a directory with what a SIGKILL leaves of n.
 func (n *node) killed() string {
 	n.t.Helper()
-	dir := filepath.Join(memoryDir(n.t), "node")
+	dir := filepath.Join(storagetest.MemoryDir(n.t), "node")
 	copyTree(n.t, n.dir, dir)
 	return dir
 }
@@ -83,7 +84,7 @@ func fillWith(t *testing.T, d *Disk, b byte, off int64) {
 // without the arena, write and be killed too, and starts the first again: what
 // its arena has is older than the image (rule A6).
 func TestStaleArenaIsNotUsed(t *testing.T) {
-	first := startNode(t, memoryDir(t), Options{})
+	first := startNode(t, storagetest.MemoryDir(t), Options{})
 	v := create(t, first.pool, "pvc", Source{})
 	fillWith(t, first.open(v.ID), 1, 0)
 	_, oldArena := recoverPaths(first.killed())
@@ -142,7 +143,7 @@ func (f brokenFile) Datasync() error {
 // over for its clients has it failed; once nobody has, it is verified and works.
 func TestFailureAfterKill(t *testing.T) {
 	var broken atomic.Bool
-	n := startNode(t, memoryDir(t), Options{wrapFile: func(f qcow2.File) qcow2.File { return brokenFile{f, &broken} }})
+	n := startNode(t, storagetest.MemoryDir(t), Options{wrapFile: func(f qcow2.File) qcow2.File { return brokenFile{f, &broken} }})
 	v := create(t, n.pool, "pvc", Source{})
 	d := n.open(v.ID)
 	fillWith(t, d, 1, 0)

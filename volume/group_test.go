@@ -9,11 +9,12 @@ import (
 	"sync"
 	"testing"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
 func TestGroup(t *testing.T) {
-	dir := memoryDir(t)
+	dir := storagetest.MemoryDir(t)
 	p := openPool(t, dir, Options{Cache: newCache(t)})
 	a, b, c := create(t, p, "a", Source{}), create(t, p, "b", Source{}), create(t, p, "c", Source{})
 	write(t, p, a.ID, 0, 1, 4096)
@@ -202,7 +203,7 @@ func TestGroupIsOfOneMoment(t *testing.T) {
 
 // The members of a group whose record is damaged are kept, and it is reported.
 func TestDamagedGroupIsKept(t *testing.T) {
-	dir := memoryDir(t)
+	dir := storagetest.MemoryDir(t)
 	p := openPool(t, dir, Options{})
 	a := create(t, p, "a", Source{})
 	g, err := p.CreateGroup(t.Context(), "g", []string{a.ID}, nil)

@@ -13,6 +13,7 @@ import (
 
 	"csi-qcow2/cache"
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -31,23 +32,11 @@ func newCache(t *testing.T) *cache.Cache {
 	return c
 }
 
-// memoryDir returns a new directory, in memory where there is one: these tests
-// kill processes, not machines, and syncs would take most of their time.
-func memoryDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "volume-test-")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 // newPool returns a pool in a new directory. At the end of the test it is
 // closed and every image in it must be clean.
 func newPool(t *testing.T) *Pool {
 	t.Helper()
-	return newPoolIn(t, memoryDir(t))
+	return newPoolIn(t, storagetest.MemoryDir(t))
 }
 
 func newPoolIn(t *testing.T, dir string) *Pool {

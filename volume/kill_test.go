@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -241,7 +242,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		}},
 	} {
 		t.Run(op.name, func(t *testing.T) {
-			base := memoryDir(t)
+			base := storagetest.MemoryDir(t)
 			if op.on != "" {
 				base = newFilesystem(t, op.on)
 			}

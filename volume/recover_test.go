@@ -14,6 +14,7 @@ import (
 
 	"csi-qcow2/cache"
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 )
 
 // victimDir and victimVolumes are set in the process that TestRecoverAfterKill kills.
@@ -78,7 +79,7 @@ func TestRecoverAfterKill(t *testing.T) {
 }
 
 func recoverAfterKill(t *testing.T, volumes int) {
-	dir := memoryDir(t)
+	dir := storagetest.MemoryDir(t)
 	poolDir, arena := recoverPaths(dir)
 	if err := os.Mkdir(poolDir, 0o700); err != nil {
 		t.Fatal(err)

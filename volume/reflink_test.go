@@ -11,12 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 )
 
 // newFilesystem returns a directory on a new filesystem of the type, on a loop device.
 func newFilesystem(t *testing.T, fstype string, mkfs ...string) string {
 	t.Helper()
-	base := memoryDir(t)
+	base := storagetest.MemoryDir(t)
 	image, dir := filepath.Join(base, "disk"), filepath.Join(base, "mnt")
 	if err := os.WriteFile(image, nil, 0o600); err != nil {
 		t.Fatal(err)

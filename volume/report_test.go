@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"testing"
+
+	"csi-qcow2/internal/storagetest"
 )
 
 // A report says who reads from whom and who holds whose space, to the byte.
@@ -72,7 +74,7 @@ func TestReport(t *testing.T) {
 
 // While the node agent is not there, images that it did not close are left alone.
 func TestClosedOnly(t *testing.T) {
-	dir := memoryDir(t)
+	dir := storagetest.MemoryDir(t)
 	p := openPool(t, dir, Options{})
 	a := create(t, p, "a", Source{})
 	create(t, p, "b", Source{})

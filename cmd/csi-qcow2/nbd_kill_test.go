@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 )
 
 var nbdKills = flag.Int("nbd-kills", 200, "how often TestNBDKilledUnderLoad kills the server")
@@ -250,11 +251,7 @@ func TestNBDKilledUnderLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("/dev/shm", "kill")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := storagetest.MemoryDir(t)
 	image := filepath.Join(dir, "disk.qcow2")
 	qemutest.Create(t, image, size, "cluster_size=4096")
 	seed := rand.Uint64()

@@ -23,6 +23,10 @@
 // It is harsher than any one filesystem. Reordering, loss and partial writes
 // of multi-page requests all follow from it.
 //
+// # Memory
+//
+// MemoryDir is a directory for real files that need not survive a power loss.
+//
 // # Conformance
 //
 // TestFile holds every implementation of the File interface to its contract;
