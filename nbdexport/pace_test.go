@@ -92,7 +92,9 @@ func TestPaceOfLongWrites(t *testing.T) {
 			t.Fatalf("write %d after two slow ones is in line: want it at a worker", i)
 		}
 	}
-	if !write(slow) || !write(slow) {
-		t.Error("a backend that is fast again still has workers")
+	for range 2 {
+		if !write(slow) {
+			t.Error("a backend that is fast again still has workers")
+		}
 	}
 }
