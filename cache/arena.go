@@ -32,7 +32,7 @@ const (
 // What a process stored before it was killed is what its successor maps.
 //
 // While a slot is published, its content and its entry are accessed by aligned
-// 64-bit atomics only. While it is not, its one owner may fill it by other
+// 64-bit atomics only; but a run of words is stored plainly (Table.SetWords). While it is not, its one owner may fill it by other
 // means: a read(2), a clear. The atomic store of the state word orders the two.
 //
 // Off-heap memory, because a successor must be able to map it, and because the
