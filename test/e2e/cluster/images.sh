@@ -81,8 +81,10 @@ busybox_tree() {
 	printf 'root:x:0:\nnogroup:x:65534:\n' >"$root/etc/group"
 	echo "$root"
 }
+# What a name without a registry becomes when a pod uses it, as those of README.md do.
+library=$(printf 'docker.%s/library' io)
 # shellcheck disable=SC2046 # one tag per word
-image "$(busybox_tree busybox)" "{\"Cmd\":[\"sh\"],$path}" localhost/e2e/busybox:1 docker.io/library/busybox:1.37 $(suite_tags busybox) $(suite_tags nginx)
+image "$(busybox_tree busybox)" "{\"Cmd\":[\"sh\"],$path}" localhost/e2e/busybox:1 "$library/busybox:1.37" $(suite_tags busybox) $(suite_tags nginx)
 
 root=$(busybox_tree agnhost)
 echo 'user-defined-in-image:x:1000:1000::/home:/bin/sh' >>"$root/etc/passwd"
