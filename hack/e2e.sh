@@ -47,7 +47,8 @@ readme() {
 
 deploy() {
 	snapshot_controller && inside kubectl apply -k "$overlay" &&
-		inside kubectl -n csi-qcow2 rollout status --timeout=180s daemonset,deployment || return
+		inside kubectl -n csi-qcow2 rollout status --timeout=180s daemonset/csi-qcow2-node &&
+		inside kubectl -n csi-qcow2 wait --for=condition=Ready --timeout=180s pod --all >/dev/null || return
 	local absent
 	absent=$(wc -l <"$STATE/absent")
 	if ((absent)); then

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -75,39 +76,68 @@ func killAgent(t *testing.T) {
 	})
 }
 
-// replaceAgent deletes the agent's pod and waits until the next one serves.
-func replaceAgent(t *testing.T) {
+// replacePod deletes the pod of a component of the node and waits until the next
+// one is ready, and the agent serves, its volumes held.
+func replacePod(t *testing.T, component string) {
 	t.Helper()
-	old, err := agentPod(t.Context())
+	old, err := podOf(t.Context(), component)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := client.CoreV1().Pods(driverNamespace).Delete(t.Context(), old.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "next pod of the node agent", func(ctx context.Context) error {
-		next, err := agentPod(ctx)
+	agent := csi.NewNodeClient(dialAgent(t))
+	eventually(t, "next pod of the "+component, func(ctx context.Context) error {
+		next, err := podOf(ctx, component)
 		if err != nil {
 			return err
 		}
-		if next.UID == old.UID {
-			return fmt.Errorf("pod %s is still there", old.Name)
+		if next.UID == old.UID || !podReady(next) {
+			return fmt.Errorf("pod %s is there and not ready, pod %s was deleted", next.Name, old.Name)
 		}
-		return agentReady(ctx)
+		if err := agentReady(ctx); err != nil {
+			return err
+		}
+		return allHeld(ctx, agent)
 	})
 }
 
-// agentPod returns the pod of the node agent.
-func agentPod(ctx context.Context) (*corev1.Pod, error) {
-	pods, err := client.CoreV1().Pods(driverNamespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=node"})
+// allHeld reports whether every volume of the cluster would outlive the agent.
+func allHeld(ctx context.Context, agent csi.NodeClient) error {
+	volumes, err := client.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	for _, v := range volumes.Items {
+		if v.Status.Phase != corev1.VolumeBound {
+			continue
+		}
+		resp, err := agent.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: v.Spec.CSI.VolumeHandle})
+		if err != nil {
+			return err
+		}
+		if sick := resp.GetVolumeHealth().GetHealthStatuses(); len(sick) > 0 {
+			return fmt.Errorf("volume %s: %v", v.Name, sick)
+		}
+	}
+	return nil
+}
+
+// podOf returns the pod of a component of the node.
+func podOf(ctx context.Context, component string) (*corev1.Pod, error) {
+	pods, err := client.CoreV1().Pods(driverNamespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
 	if err != nil {
 		return nil, err
 	}
 	if len(pods.Items) != 1 {
-		return nil, fmt.Errorf("%d node agents, want 1", len(pods.Items))
+		return nil, fmt.Errorf("%d pods of component %s, want 1", len(pods.Items), component)
 	}
 	return &pods.Items[0], nil
 }
+
+// agentPod returns the pod of the node agent.
+func agentPod(ctx context.Context) (*corev1.Pod, error) { return podOf(ctx, "node") }
 
 // agentReady reports whether all containers of the agent's pod are ready.
 func agentReady(ctx context.Context) error {

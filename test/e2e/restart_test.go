@@ -83,15 +83,20 @@ func TestAgentKilled(t *testing.T) {
 	}
 }
 
-// TestAgentReplaced: the agent's pod is deleted, as an upgrade does, and the
-// next one takes its volumes over: at the latest when their pods are replaced.
+// TestAgentReplaced: the agent's pod is deleted under load, as an upgrade does,
+// and the next one takes its volumes over; then the holder's, and the agent again.
+// Pods do not notice.
 func TestAgentReplaced(t *testing.T) {
 	s := newSpace(t)
 	s.claim("data", "64Mi")
 	s.start("pod", s.withClaim("data"), command(restarting))
 	said := s.said("pod", 20)
-	replaceAgent(t)
-	s.freshVolume()
+	for _, replaced := range []string{"node", "holder", "node"} {
+		replacePod(t, replaced)
+		said = s.said("pod", said+20)
+		s.want("restarts", fmt.Sprint(s.restarts("pod")), "0")
+		s.freshVolume()
+	}
 	s.stop("pod")
 	s.unstaged("data")
 	s.start("pod", s.withClaim("data"), command(restarting))

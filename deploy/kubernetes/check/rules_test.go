@@ -26,19 +26,24 @@ type cluster struct {
 	node     *appsv1.DaemonSet
 	pod      *corev1.PodSpec // of node
 	agent    *corev1.Container
+	holder   *appsv1.DaemonSet
 }
 
 func newCluster(t *testing.T, dir string) *cluster {
 	t.Helper()
 	c := &cluster{objects: manifests(t, dir)}
-	var errs [4]error
+	var errs [3]error
 	c.driver, errs[0] = only[*storagev1.CSIDriver](c.objects)
 	c.class, errs[1] = only[*storagev1.StorageClass](c.objects)
 	c.snapshot, errs[2] = only[*snapshotv1.VolumeSnapshotClass](c.objects)
-	c.node, errs[3] = only[*appsv1.DaemonSet](c.objects)
 	if err := errors.Join(errs[:]...); err != nil {
 		t.Fatalf("%s: %v", dir, err)
 	}
+	sets := all[*appsv1.DaemonSet](c.objects)
+	if len(sets) != 2 || sets[0].Name != "csi-qcow2-holder" || sets[1].Name != "csi-qcow2-node" {
+		t.Fatalf("%s: %d DaemonSets, want the holder and the node agent, in this order", dir, len(sets))
+	}
+	c.holder, c.node = sets[0], sets[1]
 	c.pod = &c.node.Spec.Template.Spec
 	c.agent = c.container("driver")
 	if c.agent == nil {
@@ -250,9 +255,6 @@ var rules = []rule{
 		"one socket",
 		func(c *cluster) (err error) {
 			for _, s := range c.sidecars() {
-				if s.Image == c.agent.Image {
-					continue // the holder speaks no CSI
-				}
 				err = errors.Join(err, hold("unix://"+flag(s, "csi-address") == flag(c.agent, "endpoint"), "%s calls another socket", s.Name),
 					hold(c.mount(s, "plugin") != nil, "%s does not see the socket", s.Name))
 			}
@@ -268,21 +270,27 @@ var rules = []rule{
 		func(c *cluster) { slices.Reverse(c.pod.Containers) },
 	},
 	{
-		"one holder",
+		"one holder, in a pod of its own",
 		func(c *cluster) error {
-			holder := c.container("holder")
-			if holder == nil {
-				return errors.New("no container is named holder")
+			pod := &c.holder.Spec.Template.Spec
+			if len(pod.Containers) != 1 || len(pod.Containers[0].VolumeMounts) != 1 || len(pod.Volumes) != 1 {
+				return errors.New("the holder has more than one container or volume")
 			}
-			run := c.mount(c.agent, "run")
+			holder, mount, volume, run := &pod.Containers[0], pod.Containers[0].VolumeMounts[0], pod.Volumes[0], c.mount(c.agent, "run")
+			x := holder.SecurityContext
 			return errors.Join(
 				hold(holder.Image == c.agent.Image, "holder runs %s, the driver %s", holder.Image, c.agent.Image),
 				hold(holder.Args[0] == "holder" && flag(holder, "run-dir") == flag(c.agent, "run-dir"), "holder has another run directory"),
-				hold(c.mount(holder, "run") != nil && c.mount(holder, "run").MountPath == run.MountPath, "holder does not see the run directory"),
+				hold(mount.MountPath == run.MountPath && volume.HostPath != nil && volume.HostPath.Path == c.volume("run").HostPath.Path, "holder does not see the run directory"),
 				hold(flag(c.agent, "start-holder") == "false", "the driver starts a holder that ends with its container"),
-				hold(ptr.Deref(run.MountPropagation, "") == corev1.MountPropagationBidirectional, "FUSE mounts are not seen by the driver's next container"))
+				hold(ptr.Deref(run.MountPropagation, "") == corev1.MountPropagationBidirectional, "FUSE mounts are not seen by the driver's next pod"),
+				hold(c.holder.Spec.UpdateStrategy.Type == appsv1.OnDeleteDaemonSetStrategyType, "holder and driver may be replaced at once"),
+				hold(x != nil && !ptr.Deref(x.Privileged, false) && !ptr.Deref(x.AllowPrivilegeEscalation, true) && ptr.Deref(x.ReadOnlyRootFilesystem, false) &&
+					slices.Equal(x.Capabilities.Drop, []corev1.Capability{"ALL"}) && len(x.Capabilities.Add) == 0, "holder is not confined"),
+				hold(!ptr.Deref(pod.AutomountServiceAccountToken, true), "holder gets a token"),
+				hold(pod.PriorityClassName == c.pod.PriorityClassName && slices.Equal(pod.Tolerations, c.pod.Tolerations), "holder is not wherever the driver is"))
 		},
-		func(c *cluster) { c.container("holder").Args[1] = "--run-dir=/elsewhere" },
+		func(c *cluster) { c.holder.Spec.UpdateStrategy.Type = appsv1.RollingUpdateDaemonSetStrategyType },
 	},
 	{
 		"tokens only where needed",

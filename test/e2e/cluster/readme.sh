@@ -68,16 +68,21 @@ echo "readme: the pod shows what was restored"
 
 sed -i 's/"1"/"2"/' "$own"
 run upgrade 2
-images=$(kubectl -n csi-qcow2 get pod -o jsonpath='{.items[*].spec.containers[?(@.name=="driver")].image}')
-[[ $images == *csi-qcow2:2* && $images != *csi-qcow2:1* ]] || die "after the upgrade the images are $images"
-# Volumes that a new agent cannot take over are served again for new pods.
+images=$(kubectl -n csi-qcow2 get pod -l app.kubernetes.io/component=node -o jsonpath='{.items[*].spec.containers[?(@.name=="driver")].image}')
+[[ $images == localhost/e2e/csi-qcow2:2 ]] || die "after the upgrade the agents run $images"
+# The pods that were there have noticed nothing, and the volumes can be used anew.
+lines() { kubectl exec writer -- wc -l /data/log | cut -d' ' -f1; }
+more() { (($(lines) > before)); }
+before=$(lines)
+wait_for 60 "more lines of the writer" more
+[[ $(kubectl get pod writer reader -o jsonpath='{.items[*].status.containerStatuses[*].restartCount}') == '0 0' ]] || die "a pod was restarted by the upgrade"
 kubectl delete pod reader writer --timeout=5m
 kubectl apply -f deploy/kubernetes/examples/volume.yaml -f deploy/kubernetes/examples/restore.yaml
 kubectl wait --for=condition=Ready pod/writer pod/reader --timeout=5m
 kubectl exec writer -- cat /data/log >"$work/after"
 head -n "$(wc -l <"$work/written")" "$work/after" | cmp - "$work/written" || die "the writer's volume has lost lines with the upgrade"
 same
-echo "readme: all data is there after the upgrade"
+echo "readme: the pods have gone on, and all data is there after the upgrade"
 
 run uninstall 3
 left=$(kubectl get csidriver,namespace,storageclass,volumesnapshotclass,clusterrole,persistentvolume,volumesnapshotcontent -o name | grep -E 'csi-qcow2|persistentvolume/|snapshotcontent' || true)
