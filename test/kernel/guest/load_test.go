@@ -18,7 +18,7 @@ import (
 func (w *workers) load(v *volume, direct bool) {
 	w.start("fio on "+v.name, func(ctx context.Context) error {
 		for seed := 0; ctx.Err() == nil; seed++ {
-			args := []string{"--name=load", "--thread", "--directory=" + v.target(), "--numjobs=2", "--size=6m", "--rw=randrw", "--bsrange=4k-64k", "--verify=crc32c",
+			args := []string{"--name=load", "--thread", "--directory=" + v.target(), "--numjobs=1", "--size=8m", "--rw=randrw", "--bsrange=4k-64k", "--verify=crc32c",
 				"--verify_state_save=0", "--do_verify=1", "--verify_fatal=1", fmt.Sprintf("--randseed=%d", seed), "--minimal"}
 			if direct {
 				args = append(args, "--direct=1", "--ioengine=libaio", "--iodepth=8")

@@ -134,7 +134,7 @@ func (f *frozenTest) strikeFreezing() (finish func()) {
 
 // still reports whether nothing can be written to v while the other filesystem takes many writes.
 func (f *frozenTest) still() bool {
-	const beats = 30
+	const beats = 12
 	pulse, clock := f.pulse.beats.Load(), f.clock.beats.Load()
 	wait(f.t, "writes to the other filesystem", func() bool {
 		return f.clock.beats.Load() > clock+beats || f.pulse.beats.Load() > pulse+1
@@ -196,13 +196,12 @@ func TestRestartFrozen(t *testing.T) {
 			a.kill()
 			freezer.signal(syscall.SIGCONT)
 			thawed("the process killed", finish)
+
+			finish, freezer = f.hold()
+			a.kill()
+			freezer.signal(syscall.SIGKILL)
+			thawed("both killed while it was frozen", finish)
 		}
-
-		finish, freezer := f.hold()
-		a.kill()
-		freezer.signal(syscall.SIGKILL)
-		thawed("both killed while it was frozen", finish)
-
 		thawed("both killed while it was being frozen", f.strikeFreezing())
 		w.stop()
 		v.unmount()
