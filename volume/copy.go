@@ -96,7 +96,8 @@ func (p *Pool) beginCopy(id string, cancel func()) *entry {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	e := p.volumes[id]
-	if p.closed || e == nil || e.rec == nil || e.rec.Deleted || !e.rec.Copy.Pending || e.copy.paused > 0 || e.copy.waiting {
+	if p.closed || e == nil || e.rec == nil || e.rec.Deleted || !e.rec.Copy.Pending || e.copy.paused > 0 || e.copy.waiting ||
+		e.copy.cancel != nil { // a CopyAll whose caller has left is at it
 		return nil
 	}
 	e.copy.cancel, e.copy.ended = cancel, make(chan struct{})
@@ -150,7 +151,9 @@ func (p *Pool) copyEntry(ctx context.Context, e *entry) (err error) {
 	linked, state := e.backing != nil, e.rec.Copy
 	p.mu.Unlock()
 	if linked {
-		d, err := p.openAny(ctx, e.id)
+		// Whoever gives up an open leaves it to end by itself: who has paused the
+		// copier would find the image in use still.
+		d, err := p.openAny(context.WithoutCancel(ctx), e.id)
 		if err != nil {
 			return err
 		}

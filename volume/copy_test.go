@@ -209,3 +209,22 @@ func TestPacer(t *testing.T) {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
 }
+
+// A CopyAll whose caller has left goes on: the next one passes over its volume.
+func TestCopyBeginsOnce(t *testing.T) {
+	p := newPool(t)
+	a := create(t, p, "a", Source{})
+	c := clone(t, p, "c", Source{Volume: a.ID}, CloneCopy)
+	e := p.beginCopy(c.ID, func() {})
+	if e == nil {
+		t.Fatal("the copy does not begin")
+	}
+	if p.beginCopy(c.ID, func() {}) != nil {
+		t.Error("a copy begins while it is under way")
+	}
+	p.mu.Lock()
+	e.copy.cancel = nil
+	p.mu.Unlock()
+	copyAll(t, p)
+	wantIndependent(t, p, c.ID, true)
+}
