@@ -30,9 +30,9 @@ type Options struct {
 	// CopyBandwidth bounds what volumes of CloneCopy copy in the background, in
 	// bytes per second; 0 sets no bound.
 	CopyBandwidth int64
-	// ClosedOnly refuses, with ErrInUse, images that were not closed by their last
-	// user: for a program that works on the pool while the node agent, whose
-	// cache has the rest of them, does not run.
+	// ClosedOnly makes no pool of an empty directory, and refuses, with ErrInUse,
+	// images that were not closed by their last user: for a program that works on
+	// the pool while the node agent, whose cache has the rest of them, does not run.
 	ClosedOnly bool
 
 	// Seams of tests: step is called around each change of the directory,
@@ -150,8 +150,9 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 	return p, nil
 }
 
-// checkDirectory refuses a directory that others can write to, and a path that
-// is too long for the names that overlays record.
+// checkDirectory refuses a directory that others can write to, a path that is
+// too long for the names that overlays record, and with ClosedOnly a directory
+// that is no pool yet.
 func (p *Pool) checkDirectory() error {
 	info, err := os.Stat(p.path)
 	if err != nil {
@@ -159,6 +160,11 @@ func (p *Pool) checkDirectory() error {
 	}
 	if info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%w: others can write to it (mode %04o); run chmod go-w", ErrNotPool, info.Mode().Perm())
+	}
+	if p.opts.ClosedOnly {
+		if _, err := os.Stat(filepath.Join(p.path, poolRecordName)); err != nil {
+			return fmt.Errorf("%w: %w", ErrNotPool, err)
+		}
 	}
 	longest := viewRef{p.longestID("vol"), p.longestID("snap")}
 	if n := len(p.backingName(longest)); n > maxBackingName {

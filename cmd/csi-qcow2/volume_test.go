@@ -97,6 +97,21 @@ func TestVolumeTables(t *testing.T) {
 	}
 }
 
+// TestVolumeMakesNoPool: to look at a directory leaves it as it was.
+func TestVolumeMakesNoPool(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs := volumeCommand(t, "ls", "--endpoint", "unix://"+filepath.Join(dir, "none.sock"), "--pool", dir)
+	if code != 1 || out != "" || !strings.Contains(errs, "pool.json") {
+		t.Errorf("code %d, output %q, message %q; want 1, nothing, what is missing", code, out, errs)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+}
+
 func TestVolumeRevert(t *testing.T) {
 	dir, flags := newVolumePool(t)
 	for _, c := range []struct {
