@@ -40,7 +40,7 @@ func (r *rig) wantFreezes(want int) {
 // wantThawed waits until nothing is frozen and no record says so.
 func (r *rig) wantThawed() {
 	r.t.Helper()
-	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(time.Millisecond) {
 		records, err := os.ReadDir(r.path("run/frozen"))
 		if err != nil && !os.IsNotExist(err) {
 			r.t.Fatal(err)
