@@ -180,7 +180,8 @@ func (k fakeAttacher) Attach(_ context.Context, b nbdexport.Backend, o nbdexport
 	return d, k.stepLocked()
 }
 
-// Abandon does what the kernel does with an nbd device: nothing for now.
+// Abandon leaves the device as it is: the kernel goes on holding an nbd device,
+// until somebody stages the volume again.
 func (k fakeAttacher) Abandon(string) error { return nil }
 
 // Reattach finds the device of a predecessor that the kernel has kept.
