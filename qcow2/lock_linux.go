@@ -79,8 +79,8 @@ func (e *LockError) Lock() string {
 // Is reports whether target is ErrLocked.
 func (e *LockError) Is(target error) bool { return target == ErrLocked }
 
-// lockFile takes the locks of m on fd. When it fails, closing fd drops those
-// that it got.
+// lockFile takes the locks of m on fd. When it fails, unlockFile drops those that
+// it got.
 func lockFile(fd int, path string, m LockMode) error {
 	used, unshared := m.bits()
 	for i := range lockPermissions {
@@ -114,6 +114,14 @@ func lockFile(fd int, path string, m LockMode) error {
 		}
 	}
 	return nil
+}
+
+// unlockFile drops all locks of fd. To close fd is not enough: a process that is
+// just being started has a copy of each descriptor, and with it the locks, until
+// it executes its program.
+func unlockFile(fd int) {
+	lk := unix.Flock_t{Type: unix.F_UNLCK} // to the end of the file, whatever its length
+	_ = ignoringEINTR(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lk) })
 }
 
 // lockByte takes a shared lock on one byte.

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // mkLockImage makes an empty image of 1 MiB. It is of qcow2 format, because
@@ -153,5 +155,29 @@ func TestLockRefusedByQEMU(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tt.refused)
 			}
 		})
+	}
+}
+
+// TestLockEndsAtClose closes a file while a process that is being started would have a copy of its descriptor.
+func TestLockEndsAtClose(t *testing.T) {
+	path := mkLockImage(t)
+	open := func() *OSFile {
+		f, err := OpenFile(path, FileOptions{Lock: LockWrite})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	first := open()
+	dup, err := unix.Dup(int(first.fd.Load()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(dup)
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := open().Close(); err != nil {
+		t.Fatal(err)
 	}
 }

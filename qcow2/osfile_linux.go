@@ -99,6 +99,7 @@ func NewOSFile(f *os.File, o FileOptions) (*OSFile, error) {
 		return nil, &os.PathError{Op: "open", Path: f.Name(), Err: errors.New("not a regular file or block device")}
 	}
 	if err := lockFile(fd, f.Name(), o.Lock); err != nil {
+		unlockFile(fd)
 		return nil, err
 	}
 	of := &OSFile{f: f, name: f.Name(), direct: o.Direct}
@@ -132,9 +133,11 @@ func (f *OSFile) Stat() (os.FileInfo, error) { return f.f.Stat() }
 
 // Close drops the locks and closes the file.
 func (f *OSFile) Close() error {
-	if f.fd.Swap(-1) < 0 {
+	fd := f.fd.Swap(-1)
+	if fd < 0 {
 		return f.wrap("close", os.ErrClosed)
 	}
+	unlockFile(int(fd))
 	return f.f.Close()
 }
 

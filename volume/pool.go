@@ -193,12 +193,13 @@ func (p *Pool) takeLock() error {
 	return nil
 }
 
-// unlock drops the lock of the pool, if it is held.
+// unlock drops the lock of the pool, if it is held: also of the copy that a process
+// has which is just being started.
 func (p *Pool) unlock() error {
 	if p.lock == nil {
 		return nil
 	}
-	return p.lock.Close()
+	return errors.Join(unix.Flock(int(p.lock.Fd()), unix.LOCK_UN), p.lock.Close())
 }
 
 // readMarker reads pool.json, or makes an empty directory a pool.
