@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
@@ -303,6 +304,29 @@ func TestPowerLossAtTableGrowth(t *testing.T) {
 		{"write", 0, 2048, 1}, {"resize", 0, 40 << 10, 0}, {"write", 60 << 10, 4096, 2}, {"flush", 0, 0, 0}, {"resize", 0, 16 << 10, 0},
 	}, 400)
 	t.Logf("table growth: %d states, %d with the dirty bit, %d with leaks", run.states, run.dirty, run.leaky)
+}
+
+// TestPowerLossAtSnapshots cuts the power at every event while a snapshot that alone has some clusters is
+// taken, deleted and gone back to: what random histories hit only sometimes.
+func TestPowerLossAtSnapshots(t *testing.T) {
+	t.Parallel()
+	run := crashRun{t: t, mc: newCache(t, 64<<10), rng: newRand(t)}
+	before := []op{{"write", 0, 8192, 9}, {"snap", 0, 0, 0}, {"write", 0, 6144, 5}, {"flush", 0, 0, 0}}
+	after := []op{{"write", 2048, 8192, 7}, {"flush", 0, 0, 0}}
+	for _, c := range []crashConfig{
+		{name: "snapshots", size: 16 << 10, create: qcow2.CreateOptions{ClusterSize: 1024}},
+		{name: "snapshots-punch", size: 16 << 10, pass: true, create: qcow2.CreateOptions{ClusterSize: 1024}},
+		{name: "snapshots-v2", size: 16 << 10, create: qcow2.CreateOptions{ClusterSize: 1024, Version: 2}},
+	} {
+		for _, middle := range [][]string{{"delsnap"}, {"apply"}, {"apply", "delsnap"}, {"snap"}, {"snap", "delsnap"}} {
+			ops := before[:len(before):len(before)]
+			for _, name := range middle {
+				ops = append(ops, op{name, 0, 0, 0})
+			}
+			run.history(c, append(ops, after...), math.MaxInt)
+		}
+	}
+	t.Logf("snapshots: %d states, %d with the dirty bit, %d with leaks", run.states, run.dirty, run.leaky)
 }
 
 // reftableOffset returns the refcount table's offset as the header in d says.
