@@ -69,8 +69,22 @@ manifests() {
 	(cd deploy/kubernetes/check && go vet ./... && go test -count=1 ./...)
 }
 
+# failures prints of a part's output what belongs to tests that failed: what came
+# before the line that says so (as in verbose output), and what came after.
+failures() {
+	awk '
+		/kernel_test.go:[0-9]+: \[/ { next } # the console of a virtual machine
+		/--- FAIL|^(kernel_test.go:[0-9]+: )?(FAIL|panic:)/ { printf "%s", block; block = ""; print; after = 1; next }
+		/--- (PASS|SKIP)|^(ok|PASS)/ { block = ""; after = 0; next }
+		after { print; next }
+		{ block = block $0 "\n" }
+		END { printf "%s", block }' "$1" | cut -c1-500 | tail -n 100
+}
+
+output=$(mktemp -d)
+trap 'rm -rf "$output"' EXIT
 summary=()
-failed=0
+failed=()
 for part in "${parts[@]}"; do
 	if [[ $(type -t "$part") != function ]]; then
 		echo "test.sh: no part $part" >&2
@@ -78,11 +92,23 @@ for part in "${parts[@]}"; do
 	fi
 	printf '\n=== %s\n' "$part"
 	begin=$SECONDS
-	if "$part"; then result=ok; else result=FAILED failed=1; fi
+	result=ok
+	if ! "$part" 2>&1 | tee "$output/$part"; then
+		result=FAILED
+		failed+=("$part")
+	fi
 	summary+=("$(printf '%-10s %-7s %4d s' "$part" "$result" $((SECONDS - begin)))")
 done
 
+# Once more and at the end, where people look, and tools that keep only that.
+for part in "${failed[@]}"; do
+	printf '\n=== what failed of %s\n' "$part"
+	failures "$output/$part"
+done
 printf '\n'
 printf '%s\n' "${summary[@]}"
-if ((failed)); then echo "make test: something does not hold, see FAILED above"; else echo "make test: everything holds, ${SECONDS} s"; fi
-exit "$failed"
+if ((${#failed[@]})); then
+	echo "make test: something does not hold, see FAILED above"
+	exit 1
+fi
+echo "make test: everything holds, ${SECONDS} s"
