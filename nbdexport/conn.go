@@ -41,12 +41,12 @@ func ServeTransmission(ctx context.Context, conn net.Conn, e *Export) error {
 // A conn is the transmission phase of one connection.
 //
 //	                      +-> in line --------+
-//	receiver -> validate -+                   +-> sender
-//	                      +-> tasks, workers -+
+//	receiver -> validate -+-> tasks, workers -+-> sender
+//	                      +-> pieces ---------+
 //
-// The goroutine in serve reads requests and answers the small ones in line, and
-// long writes as they arrive, see pace. The others go to up to maxWorkers workers. Replies leave in any
-// order.
+// The goroutine in serve reads requests and answers the small ones in line, see
+// pace. Long writes go to a pieceWriter as they arrive, the others to up to
+// maxWorkers workers. Replies leave in any order.
 type conn struct {
 	backend Backend
 	terms   terms
@@ -56,9 +56,8 @@ type conn struct {
 	rx   receiver
 	out  *sender
 	pace pace
-	// longPace is the pace of writes longer than receiveBuffer; nil when all go to
-	// workers. Those in between gain nothing in line.
-	longPace *pace
+	// long makes writes longer than receiveBuffer; nil when all go to workers.
+	long *pieceWriter
 
 	tasks   chan task
 	workers sync.WaitGroup
@@ -85,7 +84,7 @@ func newConn(nc net.Conn, b Backend, t terms, writeTimeout time.Duration) *conn 
 		c.aligned = a.WantsAligned()
 	}
 	if g, ok := b.(GranularWriter); !c.aligned && (!ok || g.WriteGranule() <= writePiece) {
-		c.longPace = new(pace)
+		c.long = newPieceWriter(c)
 	}
 	if s, ok := b.(SparseReader); ok {
 		c.sparse = t.structured && s.SparseReads()
@@ -109,6 +108,9 @@ func (c *conn) serve(ctx context.Context) error {
 	defer stop()
 	err := c.receiveAll(ctx)
 	close(c.tasks)
+	if c.long != nil {
+		c.long.close()
+	}
 	c.workers.Wait()
 	sendErr := c.out.wait()
 	closeErr := c.rx.conn.Close()
@@ -196,11 +198,10 @@ func (c *conn) start(ctx context.Context, r *request) error {
 		err = c.readInLine(r)
 		c.pace.answered()
 		return err
-	case r.cmd == cmdWrite && r.n > receiveBuffer && r.flags&flagFUA == 0 && c.longPace != nil && c.longPace.next():
-		return c.writeLong(r)
+	case r.cmd == cmdWrite && r.n > inLineBytes && r.flags&flagFUA == 0 && c.long != nil && c.long.next():
+		return c.long.write(r)
 	case r.cmd == cmdWrite && r.n > maxBuffer:
-		_, err = c.writeInPieces(r, maxBuffer)
-		return err
+		return c.writeHuge(r)
 	case r.cmd == cmdWrite && r.n <= inLineBytes && r.flags&flagFUA == 0 && !c.aligned && c.pace.next():
 		err = c.writeInLine(r)
 		c.pace.answered()

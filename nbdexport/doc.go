@@ -37,7 +37,8 @@
 // requests. A request is validated, handled and replied to, by three
 // functions: terms.validate rejects everything that is not allowed, so that
 // conn.handle may rely on it. A request is answered in line when the goroutine
-// that read it does all the work, see pace.
+// that read it does all the work, see pace; a long write is received by that
+// goroutine and written by another, piece by piece, see pieceWriter.
 //
 // # Bounds
 //
@@ -47,7 +48,7 @@
 //	                     way and replies that the client has not read; longer payload is moved
 //	                     in pieces of 2 MiB, as it arrives or leaves. The kernel holds up to
 //	                     1 MiB of replies on a unix socket, and its overhead
-//	Goroutines           17 for each connection
+//	Goroutines           18 for each connection
 //	Unread replies       60 s, then the connection is closed
 //	Block status         4096 extents in a reply, 65536 calls of the backend for it
 //

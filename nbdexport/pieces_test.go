@@ -1,9 +1,12 @@
 package nbdexport_test
 
 import (
+	"bytes"
 	"slices"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/nbdexport/nbdtest"
@@ -50,5 +53,34 @@ func TestPiecesKeepGranules(t *testing.T) {
 			t.Errorf("granule of %d bytes: writes end at %d: want %d", tt.granule, m.ends, tt.ends)
 		}
 		m.mu.Unlock()
+	}
+}
+
+// TestLongWriteFailsInItsMiddle checks that a piece that fails ends its own request
+// alone, with what failed first.
+func TestLongWriteFailsInItsMiddle(t *testing.T) {
+	const n = 1 << 20
+	m := nbdtest.NewMemory(4 * n)
+	m.Before = func(op string, off, length int64) error {
+		covers := func(at int64) bool { return op == "write" && off <= at && at < off+length }
+		switch {
+		case covers(n + 256<<10):
+			return unix.ENOSPC
+		case covers(n + 512<<10):
+			return unix.EIO
+		}
+		return nil
+	}
+	c := startServer(t, nbdexport.ServerOptions{}, &nbdexport.Export{Backend: m}).client()
+	c.Start("", nbdtest.Structured)
+	data := randomBytes(1, n)
+	for i, want := range []unix.Errno{0, unix.ENOSPC, 0} {
+		off := uint64(i) * n
+		if r := write(c, 0, off, data); r.Err != want {
+			t.Errorf("write %d: error %d %s: want %d", i, r.Err, r.Text, want)
+		}
+		if r := read(c, off, n); want == 0 && !bytes.Equal(r.Data, data) {
+			t.Errorf("write %d is not what is read", i)
+		}
 	}
 }
