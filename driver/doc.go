@@ -54,6 +54,9 @@
 // health RPCs; staging again repairs them: the dead mounts are detached, the
 // device is removed when nothing holds it, and a new one is attached.
 //
+// A write that waits for space in a pool (see pause.go) is left to the next process
+// when this one ends in order, and waits anew.
+//
 // No thread waits for a device that this process serves: a process with such a
 // thread cannot die. See package aside.
 //

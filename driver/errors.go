@@ -69,6 +69,7 @@ var codeTable = []struct {
 	{nbdexport.ErrServerClosed, codes.Unavailable},
 	{nbdexport.ErrProtocol, codes.Internal},
 	{nbdexport.ErrExportExists, codes.Internal},
+	{nbdexport.ErrUnanswered, codes.Unavailable},
 
 	{qcow2.ErrCorrupt, codes.DataLoss},
 	{qcow2.ErrNotQcow2, codes.DataLoss},

@@ -43,6 +43,7 @@ type kernel struct {
 	thawErr   error             // what Thaw returns, after it has thawed
 
 	readEnds error // what ReadEnds returns
+	unheld   error // what Survives returns of devices
 	grows    bool
 }
 
@@ -154,7 +155,7 @@ func (k *kernel) usedLocked(d *fakeDevice) bool {
 
 func (d *fakeDevice) Leave() {}
 
-func (d *fakeDevice) Survives() error { return nil }
+func (d *fakeDevice) Survives() error { return d.k.unheld }
 
 func (d *fakeDevice) Health() error {
 	d.k.mu.Lock()

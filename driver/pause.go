@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"csi-qcow2/internal/imagebackend"
+	"csi-qcow2/nbdexport"
 )
 
 // A pausing backend lets writes that a full pool has no space for wait until
@@ -23,8 +24,8 @@ import (
 type pausing struct {
 	*imagebackend.Backend
 	pool    roomy
-	ctx     context.Context // ends all waits
-	end     context.CancelFunc
+	ctx     context.Context // ends all waits, by giveUp or leave
+	end     context.CancelCauseFunc
 	waiting atomic.Int64 // writes
 }
 
@@ -36,7 +37,7 @@ type roomy interface {
 
 func newPausing(b *imagebackend.Backend, pool roomy) *pausing {
 	p := &pausing{Backend: b, pool: pool}
-	p.ctx, p.end = context.WithCancel(context.Background()) // ended by giveUp
+	p.ctx, p.end = context.WithCancelCause(context.Background())
 	return p
 }
 
@@ -44,7 +45,15 @@ func newPausing(b *imagebackend.Backend, pool roomy) *pausing {
 // would: for when somebody must not wait for them.
 func (p *pausing) giveUp() {
 	if p != nil {
-		p.end()
+		p.end(nil)
+	}
+}
+
+// leave leaves the writes that wait, and all later ones that would, to the next
+// process, which waits anew: for when the device is left, and survives that.
+func (p *pausing) leave() {
+	if p != nil {
+		p.end(nbdexport.ErrUnanswered)
 	}
 }
 
@@ -98,6 +107,9 @@ func (p *pausing) retry(err error, write func() error) error {
 	defer cancel()
 	for errors.Is(err, syscall.ENOSPC) && p.pool.AwaitRoom(ctx) == nil {
 		err = write()
+	}
+	if errors.Is(err, syscall.ENOSPC) && errors.Is(context.Cause(ctx), nbdexport.ErrUnanswered) {
+		return nbdexport.ErrUnanswered
 	}
 	return err
 }

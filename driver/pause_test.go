@@ -127,25 +127,30 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// TestPauseEnds: what waits gets ENOSPC when the volume is unstaged, when the
-// process stops, and when it has waited for long enough.
+// TestPauseEnds: what waits gets ENOSPC when the volume is unstaged, and when it has
+// waited for long enough. When the process stops it is left to the next one, if the
+// device survives that.
 func TestPauseEnds(t *testing.T) {
+	stop := func(t *testing.T, d *Driver, _ string) {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 	for _, c := range []struct {
-		name  string
-		pause time.Duration
-		end   func(*testing.T, *Driver, string)
+		name   string
+		pause  time.Duration
+		unheld error
+		end    func(*testing.T, *Driver, string)
+		want   error
 	}{
-		{"unstaged", time.Hour, func(t *testing.T, d *Driver, id string) {
+		{"unstaged", time.Hour, nil, func(t *testing.T, d *Driver, id string) {
 			if err := d.unstage(t.Context(), id, filepath.Join(d.opts.RunDir, "staging")); err != nil {
 				t.Error(err)
 			}
-		}},
-		{"stopped", time.Hour, func(t *testing.T, d *Driver, _ string) {
-			if err := d.Close(); err != nil {
-				t.Error(err)
-			}
-		}},
-		{"long enough", 10 * time.Millisecond, func(*testing.T, *Driver, string) {}},
+		}, syscall.ENOSPC},
+		{"stopped", time.Hour, nil, stop, nbdexport.ErrUnanswered},
+		{"stopped without a holder", time.Hour, errors.New("no holder"), stop, syscall.ENOSPC},
+		{"long enough", 10 * time.Millisecond, nil, func(*testing.T, *Driver, string) {}, syscall.ENOSPC},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			pool, err := volume.Open(t.Context(), t.TempDir(), volume.Options{Guard: volume.Guard{StopAt: 1e-9, Pause: c.pause}})
@@ -158,14 +163,13 @@ func TestPauseEnds(t *testing.T) {
 				t.Fatal(err)
 			}
 			k := newKernel()
+			k.unheld = c.unheld
 			d, err := New(t.Context(), Options{NodeID: "n", Pools: map[string]*volume.Pool{"default": pool},
 				Attacher: fakeAttacher{k}, Host: fakeHost{k}, RunDir: t.TempDir()})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c.name != "stopped" {
-				defer d.Close()
-			}
+			defer d.Close()
 			want := stageHint{Volume: v.ID, StagingPath: filepath.Join(d.opts.RunDir, "staging"), Block: true,
 				Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER.String()}
 			if err := d.stage(t.Context(), want); err != nil {
@@ -181,8 +185,8 @@ func TestPauseEnds(t *testing.T) {
 				awaitReason(t, d, pool, v.ID, reasonWritesPaused)
 			}
 			c.end(t, d, v.ID)
-			if err := <-done; !errors.Is(err, syscall.ENOSPC) {
-				t.Errorf("the write that waited: %v, want ENOSPC", err)
+			if err := <-done; !errors.Is(err, c.want) {
+				t.Errorf("the write that waited: %v, want %v", err, c.want)
 			}
 			if pool.Refused() == 0 {
 				t.Error("it is not counted as refused")

@@ -216,13 +216,17 @@ func (d *Driver) reattach(ctx context.Context, v *stagedVolume) (_ *stagedVolume
 	return next, nil
 }
 
-// leave lets go of v for the next process: what was read is answered, the image is flushed and closed, and
-// the kernel keeps the device and later requests.
+// leave lets go of v for the next process: what was read is answered, but for writes that wait for space, the
+// image is flushed and closed, and the kernel keeps the device, those writes and later requests.
 func (d *Driver) leave(v *stagedVolume) error {
 	if v.device == nil {
 		return nil
 	}
-	v.pause.giveUp()
+	if v.device.Survives() == nil {
+		v.pause.leave()
+	} else {
+		v.pause.giveUp()
+	}
 	v.device.Leave()
 	err := errors.Join(v.disk.Image.Flush(), v.disk.Close())
 	if err != nil {

@@ -1,11 +1,17 @@
 package nbdexport
 
+import "errors"
+
 // The replies of a connection. Each of these functions adds one reply, or one
 // chunk of it, to what is pending; cost was admitted for it and returns when it
 // is written.
 
-// reply ends r: with err, or with success and no data.
+// reply ends r: with err, or with success and no data, or, see ErrUnanswered, with nothing.
 func (c *conn) reply(r *request, err error, cost int) {
+	if errors.Is(err, ErrUnanswered) {
+		c.out.refund(cost)
+		return
+	}
 	if err != nil {
 		c.replyError(r, err, "", cost)
 		return

@@ -23,7 +23,9 @@ import (
 // for what the medium or the format lost, EPERM and EROFS for a write to a
 // read-only image, EINVAL for a range that is outside after all, EOPNOTSUPP
 // when a fast zero would be slow. Anything else becomes EIO. After an error
-// of WriteAt, WriteZeroes or Discard the range holds old or new bytes.
+// of WriteAt, WriteZeroes or Discard the range holds old or new bytes. WriteAt,
+// WriteZeroes and WriteZeroesFast may return ErrUnanswered shortly before
+// [Device.Leave]; at any other time whoever waits for the reply would do so for ever.
 //
 // Durability: what WriteAt, WriteZeroes and Discard did is seen by every later
 // call once they return, and survives the death of the process. Flush makes

@@ -10,13 +10,13 @@ import (
 
 // striped is a backend of 8 MiB whose every other 64 KiB are a hole. It fails
 // beyond 6 MiB.
-type striped struct{}
+type striped struct{ err error }
 
 const stripedSize = 8 << 20
 
-func (striped) do(off int64) error {
+func (b striped) do(off int64) error {
 	if off >= 6<<20 {
-		return syscall.EIO
+		return b.err
 	}
 	return nil
 }
@@ -52,14 +52,20 @@ func TestBudgetIsReturned(t *testing.T) {
 				request{cmd: cmdWriteZeroes, flags: flagFastZero, off: off, n: n})
 		}
 	}
-	for name, terms := range map[string]terms{
-		"simple":     {},
-		"structured": {structured: true, contexts: 6},
+	for _, tt := range []struct {
+		name  string
+		terms terms
+		err   error
+	}{
+		{"simple", terms{}, syscall.EIO},
+		{"structured", terms{structured: true, contexts: 6}, syscall.EIO},
+		{"unanswered", terms{}, ErrUnanswered},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
+			terms := tt.terms
 			terms.flags = (&Export{}).TransmissionFlags()
 			server, client := net.Pipe()
-			c := newConn(server, striped{}, terms, 0)
+			c := newConn(server, striped{tt.err}, terms, 0)
 			done := make(chan error)
 			go func() { done <- c.serve(t.Context()) }()
 			go io.Copy(io.Discard, client) // ends with the connection

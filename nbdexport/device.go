@@ -93,8 +93,8 @@ type Device interface {
 	Detach(ctx context.Context) error
 
 	// Leave stops serving the device and leaves it with the kernel: requests that were read are
-	// answered, and the backend gets no more calls. The kernel keeps later requests
-	// for a process that reattaches it, those of a fuse device while a holder lives. It is for a process
+	// answered, but for ErrUnanswered, and the backend gets no more calls. The kernel keeps those and
+	// later requests for a process that reattaches it, those of a fuse device while a holder lives. It is for a process
 	// that ends; after it no other method but Path may be called.
 	Leave()
 

@@ -68,10 +68,11 @@
 // # Failure
 //
 // An error of the backend ends the request that met it, with the error number
-// of wireErrorOf, and nothing else. Where the protocol has no way to say so (a
-// long read with simple replies that fails in the middle) the connection is
-// closed. What a client may rely on after a reply is what Backend says about
-// durability: the server adds nothing and holds nothing back.
+// of wireErrorOf, or with no reply (ErrUnanswered), and nothing else. Where the
+// protocol has no way to say so (a long read with simple replies that fails in
+// the middle) the connection is closed. What a client may rely on after a reply
+// is what Backend says about durability: the server adds nothing and holds
+// nothing back.
 //
 // # Spec
 //

@@ -1,6 +1,10 @@
 package nbdexport
 
-import "errors"
+import (
+	"errors"
+
+	"csi-qcow2/nbdexport/fuse"
+)
 
 // Errors that a caller can act on. Compare with errors.Is.
 var (
@@ -11,4 +15,7 @@ var (
 	ErrProtocol = errors.New("nbdexport: protocol violation")
 	// ErrExportExists: the server has an export of this name already.
 	ErrExportExists = errors.New("nbdexport: export exists")
+	// ErrUnanswered, of a Backend: the request shall have no reply, because the
+	// kernel sends it again to the process that reattaches the device.
+	ErrUnanswered = fuse.ErrUnanswered
 )

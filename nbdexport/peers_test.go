@@ -534,6 +534,33 @@ func TestStopAnswersWhatWasRead(t *testing.T) {
 	s.wait()
 }
 
+// TestUnanswered: changes that the backend leaves have no reply, however they are made.
+func TestUnanswered(t *testing.T) {
+	const own = 8 << 20 // from where on all is as usual
+	m := nbdtest.NewMemory(2 * own)
+	m.Before = func(op string, off, _ int64) error {
+		if (op == "write" || op == "zero") && off < own {
+			return nbdexport.ErrUnanswered
+		}
+		return nil
+	}
+	s := startServer(t, nbdexport.ServerOptions{}, &nbdexport.Export{Backend: m})
+	c := s.client()
+	c.Start("", nbdtest.Structured)
+	for _, n := range []uint64{512, 40 << 10, 1 << 20, 4 << 20} {
+		for _, flags := range []uint16{0, nbdtest.FlagFUA} {
+			c.Send(nbdtest.Request{Type: nbdtest.CmdWrite, Flags: flags, Cookie: 1, Len: n, Payload: make([]byte, n)})
+			c.Send(nbdtest.Request{Type: nbdtest.CmdWriteZeroes, Flags: flags, Cookie: 1, Len: n})
+			if r := write(c, flags, own, make([]byte, n)); r.Err != 0 {
+				t.Errorf("write of %d bytes beside it: %v %s", n, r.Err, r.Text)
+			}
+		}
+	}
+	s.stop()
+	c.ExpectClosed()
+	s.wait()
+}
+
 // TestClientGoesWhileRequestsAreUnderWay closes connections at all moments.
 func TestClientGoesWhileRequestsAreUnderWay(t *testing.T) {
 	s := startServer(t, nbdexport.ServerOptions{}, &nbdexport.Export{Backend: nbdtest.NewMemory(16 << 20)})

@@ -57,6 +57,7 @@ type Conn struct {
 	readers int        // that were started, and the slots they have; guarded by mu
 	running int        // of them; guarded by mu
 	err     error      // why the readers ended, the first; guarded by mu
+	left    bool       // a request is, in a slot; guarded by mu
 }
 
 // A point is a place in the life of a request where the process may be killed.
@@ -112,11 +113,13 @@ func (c *Conn) startLocked(s *slot) {
 	c.running++
 	c.waiting.Add(1)
 	go func() {
-		if err := (&reader{Conn: c, slot: s}).run(); err != nil {
+		r := &reader{Conn: c, slot: s}
+		if err := r.run(); err != nil {
 			c.fail(err)
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		c.left = c.left || r.left
 		c.waiting.Add(-1)
 		if c.running--; c.running == 0 {
 			close(c.done)
@@ -159,8 +162,8 @@ func (c *Conn) Dead() bool {
 	}
 }
 
-// Close stops serving, after answering what has been read, and lets go of the
-// device and the slots. When the mount is there still and another process holds
+// Close stops serving, after answering what has been read and not left, and lets go
+// of the device and the slots. When the mount is there still and another process holds
 // both, requests wait for the next Adopt.
 func (c *Conn) Close() error {
 	err := c.dev.SetReadDeadline(time.Unix(1, 0))
@@ -170,7 +173,7 @@ func (c *Conn) Close() error {
 	<-c.done
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err == nil {
+	if c.err == nil && !c.left {
 		c.slots.setEmpty(true)
 	}
 	return errors.Join(c.err, c.release())

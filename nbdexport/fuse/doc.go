@@ -42,6 +42,7 @@
 //	FALLOCATE                       marked as done           once answered, it may have been
 //	                                                         overtaken by a newer one
 //	while answering, afterwards     the same                 answers again: no such request
+//	not at all; it was left         a request                executes and answers it
 //
 // What changes nothing is executed again whenever it is found. Requests are
 // numbered and no number is used twice, so an answer never reaches another
@@ -57,8 +58,8 @@
 // # Concurrency
 //
 // A Conn has two readers, and more when the File is slow; all of them end before
-// Close returns. Each answers what it has read before it reads again. There is no
-// lock over a request. At most one process may serve a mount; a lock on the slots
+// Close returns. Each answers what it has read before it reads again, and ends with
+// one that it cannot answer, see ErrUnanswered. There is no lock over a request. At most one process may serve a mount; a lock on the slots
 // is the last fence for that.
 //
 // # Spec

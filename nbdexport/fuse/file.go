@@ -8,10 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrUnanswered is what a change of a File returns that is for the next process to
+// do: the request stays in its slot, without an answer, and the slot's reader ends.
+var ErrUnanswered = errors.New("fuse: the request is left to the next process")
+
 // A File is the content of the one file of a mount. Its methods may be called at
 // once, for ranges inside the file; memory for multiples of 4096 bytes is
 // aligned to that. An error with a syscall.Errno in its tree gives its number to
-// the answer, see errnoOf.
+// the answer, see errnoOf. WriteAt and WriteZeroes may return ErrUnanswered when Close
+// will be called.
 type File interface {
 	// ReadAt reads all of p or returns an error.
 	io.ReaderAt

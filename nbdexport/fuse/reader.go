@@ -13,16 +13,17 @@ import (
 type reader struct {
 	*Conn
 	*slot
+	left bool // the request in the slot is for the next process
 }
 
-// run answers requests until the mount is gone, or the deadline of Close.
+// run answers requests until the mount is gone, the deadline of Close, or one that is left.
 func (r *reader) run() error {
 	if h, ok := r.found(); ok { // a predecessor's
 		r.reach(atRead)
 		r.serve(h)
 	}
 	r.touch(len(r.data())) // a new slot has no canaries
-	for {
+	for !r.left {
 		r.arm()
 		n, err := r.dev.Read(r.request())
 		switch {
@@ -49,6 +50,7 @@ func (r *reader) run() error {
 		}
 		r.waiting.Add(1)
 	}
+	return nil
 }
 
 // disconnected reports whether the mount of the device fd is gone.

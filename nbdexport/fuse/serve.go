@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"bytes"
+	"errors"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,9 @@ func (r *reader) serve(h inHeader) {
 				errno = r.write(body)
 			} else {
 				errno = r.fallocate(body)
+			}
+			if r.left {
+				return
 			}
 			r.reach(atExecuted)
 			r.finish(h.unique, errno)
@@ -87,7 +91,7 @@ func (r *reader) write(body []byte) (errno uint32) {
 		return errno
 	}
 	_, err := r.file.WriteAt(data, int64(in.off))
-	return uint32(errnoOf(err))
+	return r.result(err)
 }
 
 // fallocate executes FALLOCATE, which the loop driver sends for discards and for zeroes: it makes PUNCH_HOLE of
@@ -109,7 +113,13 @@ func (r *reader) fallocate(body []byte) (errno uint32) {
 	if in.length == 0 {
 		return 0
 	}
-	return uint32(errnoOf(r.file.WriteZeroes(int64(in.off), int64(in.length), hole)))
+	return r.result(r.file.WriteZeroes(int64(in.off), int64(in.length), hole))
+}
+
+// result is the error number of a change, unless that is left.
+func (r *reader) result(err error) (errno uint32) {
+	r.left = errors.Is(err, ErrUnanswered)
+	return uint32(errnoOf(err))
 }
 
 // clip returns how many of the n bytes at off are inside the file.

@@ -1,0 +1,68 @@
+package sanity
+
+import (
+	"bytes"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestUpgradeWhileWritesWait replaces the process while writes wait for space in the
+// pool: the next one has them, and the first that finds space makes them.
+func TestUpgradeWhileWritesWait(t *testing.T) {
+	p := newProcess(t)
+	p.start()
+	k := newKubelet(p)
+	id := k.create("v", 512, nil, "")
+	k.use("v", id, "")
+	upgrade := func(args ...string) {
+		t.Helper()
+		if err := p.signal(syscall.SIGTERM); err != nil {
+			t.Fatalf("SIGTERM: %v", err)
+		}
+		p.args = args
+		p.start()
+	}
+	full := []string{"--pool-stop", "0.0001", "--pool-pause", "24h"}
+	upgrade(full...)
+
+	content := bytes.Repeat([]byte("qcow2"), 1<<20)
+	writeFile(t, p.path("content"), content)
+	written := make(chan error, 1)
+	go func() { // ends with the device at the latest
+		out, err := exec.Command("dd", "if="+p.path("content"), "of="+k.target("v"), "bs=1M", "oflag=direct", "conv=notrunc").CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("dd: %w\n%s", err, out)
+		}
+		written <- err
+	}()
+	ended := func() bool {
+		select {
+		case err := <-written:
+			if err != nil {
+				t.Fatal(err)
+			}
+			return true
+		default:
+			return false
+		}
+	}
+	for range 3 {
+		p.wait("writes to wait", func() bool {
+			if ended() {
+				t.Fatal("a write to a full pool has succeeded")
+			}
+			return slices.ContainsFunc(k.health(id), func(h string) bool { return strings.Contains(h, "WritesPaused") })
+		})
+		upgrade(full...)
+	}
+	upgrade()
+	p.wait("the writes", ended)
+	wantDevice(t, k.target("v"), content)
+	k.unuse("v", id)
+	k.deleteVolume(id)
+	k.finish()
+}
