@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -51,6 +50,8 @@ const (
 )
 
 func freezeName(id string) string { return freezesDir + "/" + id + ".json" }
+
+func (r *freezeRecord) origin() (volume, bootID string) { return r.Volume, r.BootID }
 
 // freezeLock is the file that is locked while something freezes the volume id: its record.
 func (d *Driver) freezeLock(id string) string { return filepath.Join(d.runDir.Path(), freezeName(id)) }
@@ -220,33 +221,9 @@ func (d *Driver) unmounted(record freezeRecord) bool {
 
 // thawLeft thaws, in the background, what a predecessor may have left frozen.
 func (d *Driver) thawLeft(ctx context.Context) error {
-	if err := d.runDir.Mkdir(freezesDir); err != nil {
-		return err
+	records, err := leftRecords[freezeRecord](ctx, d.runDir, freezesDir, freezeKind, freezeVersion)
+	for _, record := range records {
+		d.thawLater(ctx, record)
 	}
-	if err := d.runDir.RemoveTemporary(freezesDir); err != nil {
-		return err
-	}
-	names, err := d.runDir.List(freezesDir)
-	if err != nil {
-		return err
-	}
-	boot, err := bootID()
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		id := strings.TrimSuffix(name, ".json")
-		var record freezeRecord
-		err := durable.ReadRecord(d.runDir, freezeName(id), freezeKind, freezeVersion, &record)
-		switch {
-		case errors.Is(err, durable.ErrDamaged), err == nil && record.BootID != boot: // of a machine that has stopped meanwhile
-			err = d.runDir.Remove(freezeName(id))
-		case err == nil:
-			d.thawLater(ctx, record)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }

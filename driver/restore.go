@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -32,48 +31,14 @@ type returning struct {
 // recall reads the hints of a predecessor. Until Restore has dealt with them, RPCs for those volumes are
 // answered ABORTED or UNAVAILABLE.
 func (d *Driver) recall(ctx context.Context) error {
-	if err := d.runDir.Mkdir(hintsDir); err != nil {
-		return err
+	hints, err := leftRecords[stageHint](ctx, d.runDir, hintsDir, hintKind, hintVersion)
+	for _, hint := range hints {
+		unlock, _ := d.locks.try(hint.Volume) // nobody else is there yet
+		v := &stagedVolume{hint: hint, loss: errReturning}
+		d.put(v)
+		d.returning = append(d.returning, returning{v, unlock})
 	}
-	if err := d.runDir.RemoveTemporary(hintsDir); err != nil {
-		return err
-	}
-	names, err := d.runDir.List(hintsDir)
-	if err != nil {
-		return err
-	}
-	boot, err := bootID()
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		id := strings.TrimSuffix(name, ".json")
-		if err := d.recallHint(ctx, id, boot); err != nil {
-			return fmt.Errorf("staged volume %q: %w", id, err)
-		}
-	}
-	return nil
-}
-
-func (d *Driver) recallHint(ctx context.Context, id, boot string) error {
-	log := klog.FromContext(ctx)
-	var hint stageHint
-	err := durable.ReadRecord(d.runDir, hintName(id), hintKind, hintVersion, &hint)
-	switch {
-	case errors.Is(err, durable.ErrDamaged), err == nil && hint.Volume != id:
-		// The kernel is the truth: stage looks at the mounts anyway.
-		log.Error(err, "dropping a damaged hint", "volumeID", id)
-		return d.runDir.Remove(hintName(id))
-	case err != nil:
-		return err
-	case hint.BootID != boot:
-		return d.runDir.Remove(hintName(id)) // nothing of it is left
-	}
-	unlock, _ := d.locks.try(id) // nobody else is there yet
-	v := &stagedVolume{hint: hint, loss: errReturning}
-	d.put(v)
-	d.returning = append(d.returning, returning{v, unlock})
-	return nil
+	return err
 }
 
 // Restore takes over the devices of a predecessor: it opens their images and serves them, all volumes

@@ -47,6 +47,8 @@ const (
 	hintsDir    = "staged"
 )
 
+func (h *stageHint) origin() (volume, bootID string) { return h.Volume, h.BootID }
+
 // deviceID names the device of this attach: unique on the node, and found
 // again by nbdexport.Attacher.Stale.
 func (h *stageHint) deviceID() string { return fmt.Sprintf("%s.%d", h.Volume, h.Generation) }
