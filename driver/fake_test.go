@@ -395,6 +395,12 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	return newGuardedRig(t, volume.Guard{})
+}
+
+// newGuardedRig is newRig with bounds of the pool.
+func newGuardedRig(t *testing.T, guard volume.Guard) *rig {
+	t.Helper()
 	dir := t.TempDir()
 	for _, d := range []string{"pool", "run"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
@@ -402,7 +408,7 @@ func newRig(t *testing.T) *rig {
 		}
 	}
 	r := &rig{t: t, dir: dir, kernel: newKernel()}
-	pool, err := volume.Open(t.Context(), filepath.Join(dir, "pool"), volume.Options{})
+	pool, err := volume.Open(t.Context(), filepath.Join(dir, "pool"), volume.Options{Guard: guard})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/container-storage-interface/spec/lib/go/csi"
-
 	"csi-qcow2/internal/imagebackend"
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/nbdexport/nbdtest"
@@ -131,64 +129,43 @@ func TestPause(t *testing.T) {
 // waited for long enough. When the process stops it is left to the next one, if the
 // device survives that.
 func TestPauseEnds(t *testing.T) {
-	stop := func(t *testing.T, d *Driver, _ string) {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	}
 	for _, c := range []struct {
 		name   string
 		pause  time.Duration
 		unheld error
-		end    func(*testing.T, *Driver, string)
+		end    func(r *rig, id string)
 		want   error
 	}{
-		{"unstaged", time.Hour, nil, func(t *testing.T, d *Driver, id string) {
-			if err := d.unstage(t.Context(), id, filepath.Join(d.opts.RunDir, "staging")); err != nil {
-				t.Error(err)
+		{"unstaged", time.Hour, nil, func(r *rig, id string) {
+			if err := r.unstage(id); err != nil {
+				r.t.Error(err)
 			}
 		}, syscall.ENOSPC},
-		{"stopped", time.Hour, nil, stop, nbdexport.ErrUnanswered},
-		{"stopped without a holder", time.Hour, errors.New("no holder"), stop, syscall.ENOSPC},
-		{"long enough", 10 * time.Millisecond, nil, func(*testing.T, *Driver, string) {}, syscall.ENOSPC},
+		{"stopped", time.Hour, nil, func(r *rig, _ string) { r.replace() }, nbdexport.ErrUnanswered},
+		{"stopped without a holder", time.Hour, errors.New("no holder"), func(r *rig, _ string) { r.replace() }, syscall.ENOSPC},
+		{"long enough", 10 * time.Millisecond, nil, func(*rig, string) {}, syscall.ENOSPC},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			pool, err := volume.Open(t.Context(), t.TempDir(), volume.Options{Guard: volume.Guard{StopAt: 1e-9, Pause: c.pause}})
-			if err != nil {
+			r := newGuardedRig(t, volume.Guard{StopAt: 1e-9, Pause: c.pause})
+			r.kernel.unheld = c.unheld
+			id := r.volume("v", nil)
+			if err := r.stage(id, blockCap()); err != nil {
 				t.Fatal(err)
 			}
-			defer pool.Close()
-			v, err := pool.Create(t.Context(), volume.CreateRequest{Name: "v", Params: volume.DefaultParams()})
-			if err != nil {
-				t.Fatal(err)
-			}
-			k := newKernel()
-			k.unheld = c.unheld
-			d, err := New(t.Context(), Options{NodeID: "n", Pools: map[string]*volume.Pool{"default": pool},
-				Attacher: fakeAttacher{k}, Host: fakeHost{k}, RunDir: t.TempDir()})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer d.Close()
-			want := stageHint{Volume: v.ID, StagingPath: filepath.Join(d.opts.RunDir, "staging"), Block: true,
-				Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER.String()}
-			if err := d.stage(t.Context(), want); err != nil {
-				t.Fatal(err)
-			}
-			device := k.devices[d.stagedVolume(v.ID).device.Path()]
+			backend := r.kernel.devices[r.driver.stagedVolume(id).device.Path()].backend
 			done := make(chan error, 1)
 			go func() { // ends with the pause
-				_, err := device.backend.WriteAt(bytes.Repeat([]byte{1}, 4096), 0)
+				_, err := backend.WriteAt(bytes.Repeat([]byte{1}, 4096), 0)
 				done <- err
 			}()
 			if c.pause == time.Hour {
-				awaitReason(t, d, pool, v.ID, reasonWritesPaused)
+				r.awaitReason(id, reasonWritesPaused)
 			}
-			c.end(t, d, v.ID)
+			c.end(r, id)
 			if err := <-done; !errors.Is(err, c.want) {
 				t.Errorf("the write that waited: %v, want %v", err, c.want)
 			}
-			if pool.Refused() == 0 {
+			if errors.Is(c.want, syscall.ENOSPC) && r.pool.Refused() == 0 {
 				t.Error("it is not counted as refused")
 			}
 		})
@@ -196,18 +173,11 @@ func TestPauseEnds(t *testing.T) {
 }
 
 // awaitReason waits until something is wrong with the volume id for this reason.
-func awaitReason(t *testing.T, d *Driver, pool *volume.Pool, id, reason string) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
-		h, err := d.healthOf(pool, id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if slices.ContainsFunc(h.GetHealthStatuses(), func(e *csi.VolumeHealth_VolumeHealthEntry) bool { return e.GetReason() == reason }) {
-			return
-		}
+func (r *rig) awaitReason(id, reason string) {
+	r.t.Helper()
+	for deadline := time.Now().Add(time.Minute); !slices.Contains(r.reasons(id), reason); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("the health is %v, want %s", h, reason)
+			r.t.Fatalf("the health is %q, want %s", r.reasons(id), reason)
 		}
 	}
 }
