@@ -86,11 +86,8 @@ var xfsSays = regexp.MustCompile(`^(Phase \d|\s+- |No modify flag set|sb_(fdbloc
 func TestFrozenSnapshot(t *testing.T) {
 	for _, fstype := range []string{"ext4", "xfs"} {
 		t.Run(fstype, func(t *testing.T) {
-			p := newProcess(t)
-			p.start()
-			k := newKubelet(p)
-			source := k.create("source", 512, nil, fstype)
-			k.use("source", source, fstype)
+			_, k := startNode(t)
+			source := k.useNew("source", fstype)
 			stop := writers(t, k.target("source"))
 			var restored []string
 			for i := range 3 {
@@ -103,8 +100,7 @@ func TestFrozenSnapshot(t *testing.T) {
 				wantClean(t, k, fmt.Sprint("restored", i), id, fstype)
 				k.deleteVolume(id)
 			}
-			k.unuse("source", source)
-			k.deleteVolume(source)
+			k.dispose("source", source)
 			k.finish()
 		})
 	}
@@ -114,9 +110,7 @@ func TestFrozenSnapshot(t *testing.T) {
 // syncing each, is seen at one moment by all snapshots of a group.
 func TestGroupOfMountedVolumes(t *testing.T) {
 	const volumes = 2
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
+	p, k := startNode(t)
 	groups := csi.NewGroupControllerClient(k.conn)
 	var ids []string
 	for i := range volumes {
@@ -170,8 +164,7 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 			t.Fatalf("number: %x, %v", b, err)
 		}
 		numbers = append(numbers, binary.BigEndian.Uint64(b))
-		k.unuse(name, id)
-		k.deleteVolume(id)
+		k.dispose(name, id)
 	}
 	if d := int64(numbers[0] - numbers[1]); d != 1 && d != -1 {
 		t.Errorf("last numbers %d: want neighbours", numbers)
@@ -181,8 +174,7 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 		return err
 	})
 	for i, id := range ids {
-		k.unuse(fmt.Sprint("source", i), id)
-		k.deleteVolume(id)
+		k.dispose(fmt.Sprint("source", i), id)
 	}
 	k.finish()
 }
@@ -191,11 +183,8 @@ func TestGroupOfMountedVolumes(t *testing.T) {
 // under writers. Whatever it was doing, the filesystem is not left frozen: with
 // the next process, the writers go on.
 func TestKilledWhileSnapshotting(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("source", 512, nil, "ext4")
-	k.use("source", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("source", "ext4")
 	stop := writers(t, k.target("source"))
 	random := rand.New(rand.NewPCG(1, uint64(os.Getpid())))
 	for round := range 6 {
@@ -248,7 +237,6 @@ func TestKilledWhileSnapshotting(t *testing.T) {
 	for _, snap := range k.snapshots() {
 		k.deleteSnapshot(snap)
 	}
-	k.unuse("source", id)
-	k.deleteVolume(id)
+	k.dispose("source", id)
 	k.finish()
 }

@@ -184,15 +184,12 @@ func verify(ctx context.Context, dir string) error {
 // verifies on several volumes, one of them a clone. Nobody sees an error.
 func TestKilledUnderLoad(t *testing.T) {
 	const kills = 20
-	p := newProcess(t)
 	log := openKernelLog(t)
-	p.start()
-	k := newKubelet(p)
+	p, k := startNode(t)
 	fstypes := map[string]string{"ext4": "ext4", "xfs": "xfs", "clone": "ext4"}
 	ids := make(map[string]string)
 	for _, name := range []string{"ext4", "xfs"} {
-		ids[name] = k.create(name, 512, nil, fstypes[name])
-		k.use(name, ids[name], fstypes[name])
+		ids[name] = k.useNew(name, fstypes[name])
 		writeFile(t, k.target(name)+"/f", []byte("before"))
 	}
 	ids["clone"] = k.create("clone", 512, fromVolume(ids["ext4"]), "ext4")
@@ -293,11 +290,8 @@ func TestKilledUnderLoad(t *testing.T) {
 
 // TestHolderKilled: a new holder is started, and what it holds survives a kill of the process.
 func TestHolderKilled(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("v", 512, nil, "ext4")
-	k.use("v", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("v", "ext4")
 	first := p.holderPID()
 	if first == 0 {
 		t.Fatal("there is no holder")
@@ -310,8 +304,7 @@ func TestHolderKilled(t *testing.T) {
 	p.start()
 	p.wait("the device", func() bool { return len(k.health(id)) == 0 })
 	wantFile(t, k.target("v")+"/f", []byte("hello"))
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	k.finish()
 }
 
@@ -333,11 +326,8 @@ func (k *kubelet) health(id string) []string {
 // TestCacheLost: a device whose last writes are lost with the cache is not taken over, and nobody
 // waits for it.
 func TestCacheLost(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("v", 512, nil, "ext4")
-	k.use("v", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("v", "ext4")
 	writeFile(t, k.target("v")+"/f", []byte("hello"))
 	p.signal(syscall.SIGKILL)
 	if err := os.Remove(p.path("run/arena")); err != nil {
@@ -353,18 +343,14 @@ func TestCacheLost(t *testing.T) {
 	}
 	k.use("v", id, "ext4")
 	wantFile(t, k.target("v")+"/f", []byte("hello"))
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	k.finish()
 }
 
 // TestHolderAndProcessKilled: the devices are lost, the volumes say so, and staging them again repairs them.
 func TestHolderAndProcessKilled(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("v", 512, nil, "ext4")
-	k.use("v", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("v", "ext4")
 	writeFile(t, k.target("v")+"/f", []byte("hello"))
 	p.signal(syscall.SIGKILL)
 	p.killHolder()
@@ -384,7 +370,6 @@ func TestHolderAndProcessKilled(t *testing.T) {
 	if h := k.health(id); len(h) != 0 {
 		t.Errorf("health after the repair: %q", h)
 	}
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	k.finish()
 }

@@ -42,6 +42,14 @@ func newKubelet(p *process) *kubelet {
 	return &kubelet{p, conn, csi.NewControllerClient(conn), csi.NewNodeClient(conn)}
 }
 
+// startNode starts a process, and a kubelet for it.
+func startNode(t *testing.T) (*process, *kubelet) {
+	t.Helper()
+	p := newProcess(t)
+	p.start()
+	return p, newKubelet(p)
+}
+
 // rpc returns a context in which no call may hang.
 func (k *kubelet) rpc() context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
@@ -134,6 +142,14 @@ func (k *kubelet) use(name, id, fstype string) {
 	k.must("publish "+name, func() error { return k.publish(name, id, fstype) })
 }
 
+// useNew makes a volume of 512 MiB and uses it.
+func (k *kubelet) useNew(name, fstype string) (id string) {
+	k.p.t.Helper()
+	id = k.create(name, 512, nil, fstype)
+	k.use(name, id, fstype)
+	return id
+}
+
 func (k *kubelet) unuse(name, id string) {
 	k.p.t.Helper()
 	k.must("unpublish "+name, func() error {
@@ -152,6 +168,13 @@ func (k *kubelet) deleteVolume(id string) {
 		_, err := k.DeleteVolume(k.rpc(), &csi.DeleteVolumeRequest{VolumeId: id})
 		return err
 	})
+}
+
+// dispose undoes create and use.
+func (k *kubelet) dispose(name, id string) {
+	k.p.t.Helper()
+	k.unuse(name, id)
+	k.deleteVolume(id)
 }
 
 func (k *kubelet) snapshot(name, id string) string {

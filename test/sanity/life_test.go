@@ -14,12 +14,9 @@ import (
 func TestLife(t *testing.T) {
 	for _, fstype := range []string{"ext4", "xfs"} {
 		t.Run(fstype, func(t *testing.T) {
-			p := newProcess(t)
-			p.start()
-			k := newKubelet(p)
+			p, k := startNode(t)
 			content := bytes.Repeat([]byte(fstype), 1<<20)
-			source := k.create("source", 512, nil, fstype)
-			k.use("source", source, fstype)
+			source := k.useNew("source", fstype)
 			writeFile(t, k.target("source")+"/f", content)
 			snap := k.snapshot("snap", source)
 			writeFile(t, k.target("source")+"/f", []byte("changed"))
@@ -49,8 +46,7 @@ func TestLife(t *testing.T) {
 				t.Errorf("qemu-img check of an attached volume is not refused:\n%s", out)
 			}
 			for name, id := range map[string]string{"source": source, "restored": restored, "cloned": cloned} {
-				k.unuse(name, id)
-				k.deleteVolume(id)
+				k.dispose(name, id)
 			}
 			k.deleteSnapshot(snap)
 			k.finish()

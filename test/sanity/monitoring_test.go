@@ -48,8 +48,7 @@ func TestMonitoring(t *testing.T) {
 	p.args = []string{"--metrics-address", node, "--overcommit", "1000", "--logging-format", "json", "--verbosity", "4"}
 	p.start()
 	k := newKubelet(p)
-	source := k.create("source", 512, nil, "ext4")
-	k.use("source", source, "ext4")
+	source := k.useNew("source", "ext4")
 	writeFile(t, k.target("source")+"/f", []byte("before"))
 	k.snapshot("snap", source)
 	k.unuse("source", source)

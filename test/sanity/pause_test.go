@@ -13,11 +13,8 @@ import (
 // TestUpgradeWhileWritesWait replaces the process while writes wait for space in the
 // pool: the next one has them, and the first that finds space makes them.
 func TestUpgradeWhileWritesWait(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("v", 512, nil, "")
-	k.use("v", id, "")
+	p, k := startNode(t)
+	id := k.useNew("v", "")
 	upgrade := func(args ...string) {
 		t.Helper()
 		if err := p.signal(syscall.SIGTERM); err != nil {
@@ -62,7 +59,6 @@ func TestUpgradeWhileWritesWait(t *testing.T) {
 	upgrade()
 	p.wait("the writes", ended)
 	wantDevice(t, k.target("v"), content)
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	k.finish()
 }

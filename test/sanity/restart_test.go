@@ -27,8 +27,7 @@ func TestKilledWithVolumesStaged(t *testing.T) {
 	fstypes := map[string]string{"ext4": "ext4", "xfs": "xfs", "block": "", "gone": "ext4"}
 	ids := make(map[string]string)
 	for name, fstype := range fstypes {
-		ids[name] = k.create(name, 512, nil, fstype)
-		k.use(name, ids[name], fstype)
+		ids[name] = k.useNew(name, fstype)
 		if fstype != "" {
 			writeFile(t, k.target(name)+"/f", content)
 		} else {
@@ -86,19 +85,15 @@ func TestKilledWithVolumesStaged(t *testing.T) {
 		t.Errorf("%d loop devices for %d volumes: %q", got, len(ids), p.loops())
 	}
 	for name, id := range ids {
-		k.unuse(name, id)
-		k.deleteVolume(id)
+		k.dispose(name, id)
 	}
 	k.finish()
 }
 
 // TestStoppedWithVolumesStaged: SIGTERM flushes; the next process repairs.
 func TestStoppedWithVolumesStaged(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("v", 512, nil, "ext4")
-	k.use("v", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("v", "ext4")
 	writeFile(t, k.target("v")+"/f", []byte("hello"))
 	if err := p.signal(syscall.SIGTERM); err != nil {
 		t.Fatalf("SIGTERM with a staged volume: %v", err)
@@ -106,8 +101,7 @@ func TestStoppedWithVolumesStaged(t *testing.T) {
 	p.start()
 	k.use("v", id, "ext4")
 	wantFile(t, k.target("v")+"/f", []byte("hello"))
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	k.finish()
 }
 
@@ -118,8 +112,7 @@ func TestPodHoldsDeadMount(t *testing.T) {
 	p.alone = true
 	p.start()
 	k := newKubelet(p)
-	id := k.create("v", 512, nil, "ext4")
-	k.use("v", id, "ext4")
+	id := k.useNew("v", "ext4")
 	writeFile(t, k.target("v")+"/f", []byte("hello"))
 	held, err := os.Open(k.target("v") + "/f")
 	if err != nil {
@@ -135,8 +128,7 @@ func TestPodHoldsDeadMount(t *testing.T) {
 	if err := held.Close(); err != nil {
 		t.Fatal(err)
 	}
-	k.unuse("v", id)
-	k.deleteVolume(id)
+	k.dispose("v", id)
 	if err := p.signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

@@ -13,11 +13,8 @@ import (
 // gives their space back, of those that a snapshot holds when the snapshot goes.
 func TestTrim(t *testing.T) {
 	const bytes = 32 << 20
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
-	id := k.create("trimmed", 512, nil, "ext4")
-	k.use("trimmed", id, "ext4")
+	p, k := startNode(t)
+	id := k.useNew("trimmed", "ext4")
 	target := k.target("trimmed")
 	content := make([]byte, bytes)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(content) // never fails
@@ -60,7 +57,6 @@ func TestTrim(t *testing.T) {
 	}
 	k.deleteSnapshot(snap)
 	p.wait("the space of the file that the snapshot had", given(one))
-	k.unuse("trimmed", id)
-	k.deleteVolume(id)
+	k.dispose("trimmed", id)
 	k.finish()
 }

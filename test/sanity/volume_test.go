@@ -19,9 +19,7 @@ func (p *process) volumeCommand(args ...string) (string, error) {
 
 // An operator looks at volumes and reverts one, while the node agent runs.
 func TestVolumeCommand(t *testing.T) {
-	p := newProcess(t)
-	p.start()
-	k := newKubelet(p)
+	p, k := startNode(t)
 	id := k.create("pvc", 256, nil, "ext4")
 	k.use("pvc", id, "ext4")
 	file := filepath.Join(k.target("pvc"), "file")
@@ -56,8 +54,7 @@ func TestVolumeCommand(t *testing.T) {
 	}
 	k.use("pvc", id, "ext4")
 	wantFile(t, file, []byte("after"))
-	k.unuse("pvc", id)
-	k.deleteVolume(id)
+	k.dispose("pvc", id)
 	for _, id := range []string{snap, later} {
 		k.deleteSnapshot(id)
 	}
