@@ -47,16 +47,15 @@ func TestUpgradeWhileWritesWait(t *testing.T) {
 			return false
 		}
 	}
-	for range 3 {
+	for _, args := range [][]string{full, full, nil} {
 		p.wait("writes to wait", func() bool {
 			if ended() {
 				t.Fatal("a write to a full pool has succeeded")
 			}
 			return slices.ContainsFunc(k.health(id), func(h string) bool { return strings.Contains(h, "WritesPaused") })
 		})
-		upgrade(full...)
+		upgrade(args...)
 	}
-	upgrade()
 	p.wait("the writes", ended)
 	wantDevice(t, k.target("v"), content)
 	k.dispose("v", id)
