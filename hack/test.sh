@@ -74,6 +74,7 @@ manifests() {
 failures() {
 	awk '
 		/kernel_test.go:[0-9]+: \[/ { next } # the console of a virtual machine
+		/ noticed in / { next }              # a mutant that was caught
 		/--- FAIL|^(kernel_test.go:[0-9]+: )?(FAIL|panic:)/ { printf "%s", block; block = ""; print; after = 1; next }
 		/--- (PASS|SKIP)|^(ok|PASS)/ { block = ""; after = 0; next }
 		after { print; next }

@@ -374,8 +374,8 @@ var mutants = []mutant{
 	{
 		name: "a volume may be staged while its device waits for a takeover",
 		file: "driver/restore.go",
-		old:  "	unlock, _ := d.locks.try(id) // nobody else is there yet\n",
-		new:  "	unlock := func() {}\n",
+		old:  "		unlock, _ := d.locks.try(hint.Volume) // nobody else is there yet\n",
+		new:  "		unlock := func() {}\n",
 		pkg:  "driver", run: "TestCallsBeforeRestore",
 	},
 	{
