@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	groupv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumegroupsnapshot/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -120,6 +121,17 @@ var standardRules = []struct {
 		},
 		func(s *standard) {
 			s.central("csi-provisioner").Args = append(s.central("csi-provisioner").Args, "--strict-topology")
+		},
+	},
+	{
+		"a snapshot does not wait long for a claim that was given up",
+		func(s *standard) error {
+			every, err := time.ParseDuration(flag(s.central("csi-provisioner"), "snapshot-orphan-sweep-interval"))
+			return errors.Join(err, hold(every > 0 && every <= time.Minute, "it waits for %s", every))
+		},
+		func(s *standard) {
+			args := &s.central("csi-provisioner").Args
+			*args = slices.DeleteFunc(*args, func(a string) bool { return strings.HasPrefix(a, "--snapshot-orphan-sweep-interval") })
 		},
 	},
 	{
