@@ -38,7 +38,7 @@ func TestRestoreElsewhere(t *testing.T) {
 	if phase := s.getClaim("far").Status.Phase; phase != corev1.ClaimPending {
 		t.Fatalf("the claim is %s, want Pending", phase)
 	}
-	// The snapshot controller keeps a snapshot that a claim waits for, and looks again only minutes later.
+	// A claim that waits holds its snapshot, so it goes first.
 	s.deleteClaim("far")
 }
 
