@@ -56,7 +56,7 @@ type conn struct {
 	rx   receiver
 	out  *sender
 	pace pace
-	// long makes writes longer than receiveBuffer; nil when all go to workers.
+	// long makes writes longer than inLineBytes; nil when all go to workers.
 	long *pieceWriter
 
 	tasks   chan task

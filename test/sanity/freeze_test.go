@@ -217,17 +217,7 @@ func TestKilledWhileSnapshotting(t *testing.T) {
 		go func() { // ends when the filesystem answers
 			written <- os.WriteFile(k.target("source")+"/probe", []byte{byte(round)}, 0o600)
 		}()
-		p.wait("a write after the kill", func() bool {
-			select {
-			case err := <-written:
-				if err != nil {
-					t.Fatal(err)
-				}
-				return true
-			default:
-				return false
-			}
-		})
+		p.wait("a write after the kill", succeeded(t, written))
 		p.wait("the filesystem to be thawed", func() bool {
 			records, err := os.ReadDir(p.path("run/frozen"))
 			return os.IsNotExist(err) || len(records) == 0
@@ -239,4 +229,19 @@ func TestKilledWhileSnapshotting(t *testing.T) {
 	}
 	k.dispose("source", id)
 	k.finish()
+}
+
+// succeeded returns a function that reports whether done has had an end, which must be one without an error.
+func succeeded(t *testing.T, done <-chan error) func() bool {
+	return func() bool {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+			return true
+		default:
+			return false
+		}
+	}
 }

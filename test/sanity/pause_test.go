@@ -36,17 +36,7 @@ func TestUpgradeWhileWritesWait(t *testing.T) {
 		}
 		written <- err
 	}()
-	ended := func() bool {
-		select {
-		case err := <-written:
-			if err != nil {
-				t.Fatal(err)
-			}
-			return true
-		default:
-			return false
-		}
-	}
+	ended := succeeded(t, written)
 	for _, args := range [][]string{full, full, nil} {
 		p.wait("writes to wait", func() bool {
 			if ended() {
