@@ -139,14 +139,14 @@ func BenchmarkCreateSnapshot(b *testing.B) {
 	}
 }
 
-// TestHotPathsAllocateNothing holds the paths of a guest that reads and
-// overwrites to no allocation.
+// TestHotPathsAllocateNothing holds the paths of a guest that reads and writes to
+// no allocation in memory.
 func TestHotPathsAllocateNothing(t *testing.T) {
 	if raceEnabled {
 		t.Log("the race detector allocates by itself; only correctness is tested")
 	}
 	path := filepath.Join(scratch(t), "hot.qcow2")
-	createFile(t, path, 64<<20, qcow2.CreateOptions{})
+	createFile(t, path, 1<<30, qcow2.CreateOptions{})
 	im := useFile(t, path, qcow2.Options{})
 	if _, err := im.WriteAt(fill(8<<20, 1), 0); err != nil {
 		t.Fatal(err)
@@ -157,9 +157,10 @@ func TestHotPathsAllocateNothing(t *testing.T) {
 	p := make([]byte, 4096)
 	n := int64(0)
 	for name, f := range map[string]func() error{
-		"ReadAt of data":   func() error { _, err := im.ReadAt(p, n%2000*4096); return err },
-		"ReadAt of a hole": func() error { _, err := im.ReadAt(p, 32<<20+n%2000*4096); return err },
-		"WriteAt in place": func() error { _, err := im.WriteAt(p, n%2000*4096); return err },
+		"ReadAt of data":           func() error { _, err := im.ReadAt(p, n%2000*4096); return err },
+		"ReadAt of a hole":         func() error { _, err := im.ReadAt(p, 32<<20+n%2000*4096); return err },
+		"WriteAt in place":         func() error { _, err := im.WriteAt(p, n%2000*4096); return err },
+		"WriteAt of a new cluster": func() error { _, err := im.WriteAt(p, 64<<20+n<<16); return err },
 	} {
 		got := testing.AllocsPerRun(500, func() {
 			n++

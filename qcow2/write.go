@@ -103,11 +103,12 @@ func (im *Image) writeNew(p []byte, off int64) (int, error) {
 	for i := range old {
 		entries[i] = makeL2(g.hostOffset(first+hostCluster(i)), true, false)
 	}
-	store := im.storeL2
 	if fresh && im.readZero(old, c) {
-		store = im.storeUnordered
+		err = im.storeUnordered(r, entries[:n])
+	} else {
+		err = im.storeL2(r, entries[:n])
 	}
-	if err := store(r, entries[:n]); err != nil {
+	if err != nil {
 		im.free(first, n)
 		return 0, err
 	}
