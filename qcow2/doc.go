@@ -41,7 +41,9 @@
 // All methods of an Image may be called from many goroutines at once. Reads and
 // writes in place take no lock but a shared one that admits them. Writes that
 // allocate claim the guest clusters that they change; only requests on the same
-// clusters wait for each other. No lock is held over guest data I/O. Lock order:
+// clusters wait for each other. No lock of the engine is held over guest data I/O; an
+// OSFile lets long writes through the page cache wait in turn, where the kernel's lock
+// of the inode would make them. Lock order:
 //
 //	Image.structural          one structural change at a time; over its I/O
 //	  Image.gate              shared: a request that changes guest bytes; alone: a cut
@@ -53,6 +55,7 @@
 //	            allocator.mu  free runs; never over I/O
 //	              allocator.refcounts  the refcounts of a slice; never over I/O
 //	              guard.mu, quarantine.mu, hdrMu, and the locks of package cache
+//	                OSFile.turn, OSFile.rmw  one write of a kind to a host file; over it
 //
 // # Durability / Failure
 //

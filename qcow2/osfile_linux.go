@@ -37,6 +37,10 @@ type FileOptions struct {
 // edges, changes them and writes them back, alone in the file meanwhile, so
 // that a neighbour in the same block is not undone. Aligned requests run
 // concurrently and are not copied.
+//
+// Through the page cache, Linux admits one write to a regular file at a time, by
+// the lock of its inode, and whoever waits for that spins. A long write waits
+// for the one before it parked instead, so that its CPU is there for others.
 type OSFile struct {
 	fd   atomic.Int64 // -1 after Close
 	f    *os.File
@@ -46,9 +50,16 @@ type OSFile struct {
 	memAlign   uintptr      // of the memory of a direct request
 	blockAlign int64        // of offset and length of a direct request
 	rmw        sync.RWMutex // direct writes: shared by aligned ones, held alone over the I/O of an unaligned one
+
+	oneWriter bool       // the kernel admits one write at a time
+	turn      sync.Mutex // with oneWriter: held over the I/O of a write of longWrite or more
 }
 
 var _ File = (*OSFile)(nil)
+
+// longWrite is the length from which a write waits parked. A shorter one takes the
+// kernel less time than it takes to park and to be woken.
+const longWrite = 16 << 10 // bytes
 
 // maxBounceBytes bounds the buffer of an unaligned direct request.
 const maxBounceBytes = 1 << 20
@@ -103,6 +114,7 @@ func NewOSFile(f *os.File, o FileOptions) (*OSFile, error) {
 		return nil, err
 	}
 	of := &OSFile{f: f, name: f.Name(), direct: o.Direct}
+	of.oneWriter = !o.Direct && st.Mode&unix.S_IFMT == unix.S_IFREG
 	if o.Direct {
 		of.memAlign, of.blockAlign = directAlignment(fd)
 	}
@@ -152,6 +164,10 @@ func (f *OSFile) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt implements File.
 func (f *OSFile) WriteAt(p []byte, off int64) (int, error) {
 	if !f.direct {
+		if f.oneWriter && len(p) >= longWrite {
+			f.turn.Lock()
+			defer f.turn.Unlock()
+		}
 		return f.pwrite(p, off)
 	}
 	if f.alignedFor(p, off) {
@@ -175,6 +191,10 @@ func (f *OSFile) WritevAt(bufs [][]byte, off int64) (int, error) {
 		f.rmw.RLock()
 		defer f.rmw.RUnlock()
 	}
+	if f.oneWriter && totalBytes(bufs) >= longWrite {
+		f.turn.Lock()
+		defer f.turn.Unlock()
+	}
 	return f.pwritev(bufs, off)
 }
 
@@ -189,6 +209,15 @@ func (f *OSFile) writeEach(bufs [][]byte, off int64) (int, error) {
 		}
 	}
 	return done, nil
+}
+
+// totalBytes returns the length of bufs together.
+func totalBytes(bufs [][]byte) int {
+	n := 0
+	for _, b := range bufs {
+		n += len(b)
+	}
+	return n
 }
 
 // pread reads until p is full or the file ends.
