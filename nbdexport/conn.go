@@ -92,6 +92,7 @@ func newConn(nc net.Conn, b Backend, t terms, writeTimeout time.Duration) *conn 
 	widen(nc)
 	c.rx = receiver{
 		conn:       nc,
+		poll:       newPoller(nc),
 		buf:        alignedBytes(receiveBuffer),
 		beforeRead: func() { c.pace.end(); c.out.flush() },
 		afterRead:  c.pace.begin,
@@ -167,7 +168,7 @@ func (c *conn) receive() (request, error) {
 	if c.terms.extended {
 		size, decode = requestSizeExtended, decodeRequestExtended
 	}
-	head, err := c.rx.peek(size)
+	head, err := c.rx.peekHead(size)
 	if err != nil {
 		return request{}, err
 	}

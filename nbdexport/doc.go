@@ -38,7 +38,8 @@
 // functions: terms.validate rejects everything that is not allowed, so that
 // conn.handle may rely on it. A request is answered in line when the goroutine
 // that read it does all the work, see pace; a long write is received by that
-// goroutine and written by another, piece by piece, see pieceWriter.
+// goroutine and written by another, piece by piece, see pieceWriter. The next request of
+// a client that sends few at a time is waited for awake, see poller.
 //
 // # Bounds
 //
@@ -49,6 +50,7 @@
 //	                     in pieces of 2 MiB, as it arrives or leaves. The kernel holds up to
 //	                     1 MiB of replies on a unix socket, and its overhead
 //	Goroutines           18 for each connection
+//	CPUs                 half of GOMAXPROCS at most are used to wait awake
 //	Unread replies       60 s, then the connection is closed
 //	Block status         4096 extents in a reply, 65536 calls of the backend for it
 //

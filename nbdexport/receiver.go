@@ -3,6 +3,7 @@ package nbdexport
 import (
 	"io"
 	"net"
+	"time"
 )
 
 // receiveBuffer is the size of a connection's receive buffer: room for many
@@ -17,6 +18,11 @@ type receiver struct {
 	// narrow: the last payload did not go through buf. The next probably will not
 	// either, and what is read of it behind its head would be copied.
 	narrow bool
+	poll   *poller
+	// requests counts those that were received since there was none; between says that
+	// what is read begins with the head of the next.
+	requests int
+	between  bool
 	// beforeRead is called before each read from conn, which may wait.
 	beforeRead func()
 	// afterRead is called after it.
@@ -79,10 +85,32 @@ func (rx *receiver) skip(n int) error {
 	return nil
 }
 
+// peekHead returns the next n bytes as peek does. They are the head of a request.
+func (rx *receiver) peekHead(n int) ([]byte, error) {
+	rx.between = true
+	head, err := rx.peek(n)
+	rx.between = false
+	rx.requests++
+	return head, err
+}
+
 func (rx *receiver) read(p []byte) (int, error) {
 	rx.beforeRead()
+	defer rx.afterRead()
+	requests := rx.requests
+	if rx.between {
+		rx.requests = 0
+	}
+	if rx.poll.eager(requests) {
+		if n, err := rx.poll.read(p); n > 0 || err != nil {
+			return n, err
+		}
+	}
+	begin := time.Now()
 	n, err := rx.conn.Read(p)
-	rx.afterRead()
+	if rx.between {
+		rx.poll.slept(time.Since(begin), requests)
+	}
 	return n, err
 }
 
