@@ -33,6 +33,7 @@ type pausing struct {
 type roomy interface {
 	Pause() time.Duration
 	AwaitRoom(ctx context.Context) error
+	Refuse()
 }
 
 func newPausing(b *imagebackend.Backend, pool roomy) *pausing {
@@ -108,8 +109,12 @@ func (p *pausing) retry(err error, write func() error) error {
 	for errors.Is(err, syscall.ENOSPC) && p.pool.AwaitRoom(ctx) == nil {
 		err = write()
 	}
-	if errors.Is(err, syscall.ENOSPC) && errors.Is(context.Cause(ctx), nbdexport.ErrUnanswered) {
+	if !errors.Is(err, syscall.ENOSPC) {
+		return err
+	}
+	if errors.Is(context.Cause(ctx), nbdexport.ErrUnanswered) {
 		return nbdexport.ErrUnanswered
 	}
+	p.pool.Refuse()
 	return err
 }

@@ -206,8 +206,8 @@ func (p *Pool) admit(n int64) error {
 // AwaitRoom waits, on behalf of a guest's write that got ENOSPC, until a look at
 // the file system finds room; then the write is tried again, and may have to
 // wait again, because others have waited as well. When ctx or the pool ends it
-// returns an error, and the write counts as refused. The caller holds nothing
-// that freeing space needs: of the image it has no lock.
+// returns an error: if the write then gets ENOSPC, Refuse is to be called. The caller
+// holds nothing that freeing space needs: of the image it has no lock.
 func (p *Pool) AwaitRoom(ctx context.Context) error {
 	for {
 		select {
@@ -219,10 +219,12 @@ func (p *Pool) AwaitRoom(ctx context.Context) error {
 		case <-ctx.Done():
 		case <-p.ctx.Done():
 		}
-		p.guard.refused.Add(1)
 		return errors.Join(ctx.Err(), p.ctx.Err())
 	}
 }
+
+// Refuse counts a guest's write that has waited for room in vain.
+func (p *Pool) Refuse() { p.guard.refused.Add(1) }
 
 // nextLook returns a channel that the next look closes.
 func (g *guard) nextLook() <-chan struct{} {

@@ -231,8 +231,11 @@ func TestAwaitRoom(t *testing.T) {
 	done = wait(ctx)
 	waits()
 	cancel()
-	if err := <-done; !errors.Is(err, context.Canceled) || p.Refused() != 1 {
-		t.Errorf("after the end of its context: %v, %d refusals were counted", err, p.Refused())
+	if err := <-done; !errors.Is(err, context.Canceled) || p.Refused() != 0 {
+		t.Errorf("after the end of its context: %v, %d refusals were counted before the write gave up", err, p.Refused())
+	}
+	if p.Refuse(); p.Refused() != 1 {
+		t.Errorf("%d refusals were counted: want 1", p.Refused())
 	}
 }
 
