@@ -17,7 +17,7 @@ import (
 
 // sizes are how much there is to do.
 type sizes struct {
-	warm    int64 // bytes of memory that are used once before
+	warm    int64 // bytes of memory that are used before each line
 	full    int64 // bytes of the image that is fully allocated
 	fresh   int64 // bytes of an empty one
 	large   int64 // bytes of the one that is fully mapped
@@ -90,11 +90,12 @@ func newEnv(ctx context.Context, o options, s sizes) (_ *env, err error) {
 	if e.machine, err = thisMachine(ctx); err != nil {
 		return nil, err
 	}
-	return e, e.warmUp()
+	return e, nil
 }
 
 // warmUp uses memory of the tmpfs once: a virtual machine gets it from its host
-// page by page, which would be charged to whoever comes first.
+// page by page, which would be charged to whoever comes first. The host takes back
+// what is not used for minutes, so each line begins with it.
 func (e *env) warmUp() error {
 	e.say("warming up")
 	f, err := os.Create(e.path("warm"))

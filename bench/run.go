@@ -13,6 +13,9 @@ func (e *env) runLine(ctx context.Context, l *line) (result, error) {
 		Line: l.name, Group: l.group, Title: l.title, Unit: l.unit, Note: l.note, Limit: l.limit,
 		Machine: e.machine, When: time.Now().UTC().Truncate(time.Second),
 	}
+	if err := e.warmUp(); err != nil {
+		return r, fmt.Errorf("warm up: %w", err)
+	}
 	if l.setup != nil {
 		undo, err := l.setup(ctx, e)
 		if err != nil {
