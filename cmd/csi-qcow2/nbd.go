@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -165,6 +166,10 @@ func serveNBD(ctx context.Context, f *nbdFlags, name string, o imagefile.Options
 func serveImage(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) (err error) {
 	disk, info, err := imagefile.Open(ctx, name, o)
 	if err != nil {
+		var path *fs.PathError
+		if errors.As(err, &path) && path.Op == "open" && path.Path == name {
+			err = path.Err // the rest is said here
+		}
 		return fmt.Errorf("nbd: open %q: %w", name, err)
 	}
 	defer func() {

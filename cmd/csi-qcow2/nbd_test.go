@@ -60,7 +60,7 @@ func TestNBDOpenErrors(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"-k", filepath.Join(dir, "s"), missing}, missing},
+		{[]string{"-k", filepath.Join(dir, "s"), missing}, fmt.Sprintf("csi-qcow2: nbd: open %q: no such file or directory\n", missing)},
 		{[]string{"-k", filepath.Join(dir, "no", "s"), "-f", "qcow2", qcow2}, "no such file"},
 		{[]string{"-k", filepath.Join(dir, "s"), "-f", "qcow2", raw}, "not a qcow2"},
 		{[]string{"-k", filepath.Join(dir, "s"), "-f", "qcow2", "-l", "none", qcow2}, "no such snapshot"},
