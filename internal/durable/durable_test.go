@@ -166,8 +166,10 @@ func TestRemoveTemporaryAndTree(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(d.Path(), ".f.tmp"), nil, 0o600); err != nil {
-		t.Fatal(err)
+	for _, name := range []string{".f.tmp", ".nfs000000000000000a00000001", "t/.nfs000000000000000b00000002"} {
+		if err := os.WriteFile(filepath.Join(d.Path(), name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if names, err := d.List("."); err != nil || strings.Join(names, " ") != "t" {
 		t.Fatalf("got %v, %v", names, err)
