@@ -25,7 +25,7 @@ func runTimeout() time.Duration { return 18*time.Minute + time.Duration(*kills)*
 
 // environment is what the programs in the machine need.
 var environment = vm.Environment{
-	Modules: []string{"nbd", "xfs", "ext4", "loop", "fuse"},
+	Modules: []string{"nbd", "xfs", "ext4", "loop", "fuse", "nfsd", "nfsv4"},
 	Programs: []string{"mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "xfs_io", "xfs_spaceman",
 		"fio", "blkdiscard", "fstrim", "mount", "umount", "losetup", "blkid", "nbd-client", "dash"},
 }

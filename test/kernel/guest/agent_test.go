@@ -35,6 +35,7 @@ const (
 type agent struct {
 	t     *testing.T
 	dir   string
+	pool  string
 	flags []string // beyond the usual
 
 	group int // descriptor of a control group to start in, when not 0
@@ -52,14 +53,26 @@ type agent struct {
 // newAgent starts an agent over an empty pool. At the end of the test it is stopped, and nothing may be left.
 func newAgent(t *testing.T, flags ...string) *agent {
 	t.Helper()
-	return newAgentIn(t, 0, flags...)
+	return startAgent(&agent{t: t, pool: t.TempDir(), flags: flags})
 }
 
 // newAgentIn is newAgent in a control group.
 func newAgentIn(t *testing.T, group int, flags ...string) *agent {
 	t.Helper()
-	a := &agent{t: t, dir: t.TempDir(), flags: flags, group: group}
-	for _, dir := range []string{"pool", "staging", "target"} {
+	return startAgent(&agent{t: t, pool: t.TempDir(), flags: flags, group: group})
+}
+
+// newAgentOn is newAgent over an empty directory.
+func newAgentOn(t *testing.T, pool string) *agent {
+	t.Helper()
+	return startAgent(&agent{t: t, pool: pool})
+}
+
+func startAgent(a *agent) *agent {
+	t := a.t
+	t.Helper()
+	a.dir = t.TempDir()
+	for _, dir := range []string{"staging", "target"} {
 		if err := os.Mkdir(a.path(dir), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +116,7 @@ func (a *agent) start() {
 		a.t.Fatal(err)
 	}
 	defer log.Close()
-	a.cmd = exec.Command(binary, append([]string{"node", "--endpoint", "unix://" + a.path("socket"), "--pool", "default=" + a.path("pool"),
+	a.cmd = exec.Command(binary, append([]string{"node", "--endpoint", "unix://" + a.path("socket"), "--pool", "default=" + a.pool,
 		"--run-dir", runDir, "--node-id", "guest", "--device", "nbd", "--cache-bytes", "8388608"}, a.flags...)...)
 	a.cmd.Stdout, a.cmd.Stderr = log, log
 	if a.group != 0 {

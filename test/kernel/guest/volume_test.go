@@ -141,7 +141,7 @@ func (v *volume) checkAndDelete() {
 		run(t, "e2fsck", "-fn", raw.target())
 	}
 	raw.unmount()
-	run(t, binary, "img", "check", filepath.Join(v.a.dir, "pool", "volumes", v.id, "disk.qcow2"))
+	run(t, binary, "img", "check", filepath.Join(v.a.pool, "volumes", v.id, "disk.qcow2"))
 	v.a.call("DeleteVolume "+v.name, v.deleteOnce)
 }
 
