@@ -175,51 +175,6 @@ func (d *Dir) Remove(name string) error {
 	})
 }
 
-// RemoveAll removes name and everything below it; its absence is success. A
-// crash may leave a part of it. A file that is open on NFS keeps its directories,
-// which can be used again or removed later.
-func (d *Dir) RemoveAll(name string) error {
-	return d.change("remove-all "+name, func() error {
-		return d.withParent(name, func(fd int, base string) error {
-			if err := removeAll(fd, base); err != nil {
-				return err
-			}
-			return unix.Fsync(fd)
-		})
-	})
-}
-
-func removeAll(dirfd int, base string) error {
-	err := unix.Unlinkat(dirfd, base, 0)
-	if err == nil || errors.Is(err, unix.ENOENT) || isBusyOnNFS(base, err) {
-		return nil
-	}
-	if !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM) {
-		return err
-	}
-	fd, err := unix.Openat(dirfd, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	f := os.NewFile(uintptr(fd), base)
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if err := removeAll(fd, name); err != nil {
-			return err
-		}
-	}
-	err = unix.Unlinkat(dirfd, base, unix.AT_REMOVEDIR)
-	// All names were removed: one that is there is that of a file that is open on NFS.
-	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTEMPTY) {
-		return nil
-	}
-	return err
-}
-
 // List returns the names in the directory name ("." is d itself) without
 // temporary files, in directory order.
 func (d *Dir) List(name string) ([]string, error) {
@@ -279,15 +234,6 @@ func temporary(base string) string { return "." + base + ".tmp" }
 
 func isTemporary(base string) bool {
 	return strings.HasPrefix(base, ".") && strings.HasSuffix(base, ".tmp") || strings.HasPrefix(base, nfsPrefix)
-}
-
-// nfsPrefix begins the name that an NFS client gives a file that is removed, or
-// replaced, while a process of the same machine has it open. The client removes it
-// with the last close; until then that is EBUSY. A crash leaves it for ever.
-const nfsPrefix = ".nfs"
-
-func isBusyOnNFS(base string, err error) bool {
-	return strings.HasPrefix(base, nfsPrefix) && errors.Is(err, unix.EBUSY)
 }
 
 // Sync makes the entries of the directory name durable.
