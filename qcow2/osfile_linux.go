@@ -39,8 +39,8 @@ type FileOptions struct {
 // concurrently and are not copied.
 //
 // Through the page cache, Linux admits one write to a regular file at a time, by
-// the lock of its inode, and whoever waits for that spins. A long write waits
-// for the one before it parked instead, so that its CPU is there for others.
+// the lock of its inode, and whoever waits for that spins. A write that inTurn is
+// for waits for the one before it parked instead, so that its CPU is there for others.
 type OSFile struct {
 	fd   atomic.Int64 // -1 after Close
 	f    *os.File
@@ -52,14 +52,15 @@ type OSFile struct {
 	rmw        sync.RWMutex // direct writes: shared by aligned ones, held alone over the I/O of an unaligned one
 
 	oneWriter bool       // the kernel admits one write at a time
-	turn      sync.Mutex // with oneWriter: held over the I/O of a write of longWrite or more
+	turn      sync.Mutex // with oneWriter: held over the I/O of a write that inTurn is for
 }
 
 var _ File = (*OSFile)(nil)
 
-// longWrite is the length from which a write waits parked. A shorter one takes the
-// kernel less time than it takes to park and to be woken.
-const longWrite = 16 << 10 // bytes
+// inTurn reports whether a write of n bytes waits parked for others. A shorter one takes
+// the kernel less time than it takes to be woken. Longer ones are those of a copy, which
+// has nothing else to do with the CPU.
+func (f *OSFile) inTurn(n int) bool { return f.oneWriter && n >= 16<<10 && n < 512<<10 }
 
 // maxBounceBytes bounds the buffer of an unaligned direct request.
 const maxBounceBytes = 1 << 20
@@ -164,7 +165,7 @@ func (f *OSFile) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt implements File.
 func (f *OSFile) WriteAt(p []byte, off int64) (int, error) {
 	if !f.direct {
-		if f.oneWriter && len(p) >= longWrite {
+		if f.inTurn(len(p)) {
 			f.turn.Lock()
 			defer f.turn.Unlock()
 		}
@@ -191,7 +192,7 @@ func (f *OSFile) WritevAt(bufs [][]byte, off int64) (int, error) {
 		f.rmw.RLock()
 		defer f.rmw.RUnlock()
 	}
-	if f.oneWriter && totalBytes(bufs) >= longWrite {
+	if f.inTurn(totalBytes(bufs)) {
 		f.turn.Lock()
 		defer f.turn.Unlock()
 	}
