@@ -63,7 +63,7 @@ func newPoller(nc net.Conn) *poller {
 }
 
 // eager reports whether to spend the next wait awake, after one for which requests
-// gathered.
+// gathered. Too many of them begin a pause.
 func (p *poller) eager(requests int) bool {
 	if p.score < pollAfter {
 		return false

@@ -58,8 +58,8 @@ type OSFile struct {
 var _ File = (*OSFile)(nil)
 
 // inTurn reports whether a write of n bytes waits parked for others. A shorter one takes
-// the kernel less time than it takes to be woken. Longer ones are those of a copy, which
-// has nothing else to do with the CPU.
+// the kernel less time than it takes to be woken. Longer ones come from copies as a
+// rule, which have nothing else to do with the CPU, and are done sooner if they spin.
 func (f *OSFile) inTurn(n int) bool { return f.oneWriter && n >= 16<<10 && n < 512<<10 }
 
 // maxBounceBytes bounds the buffer of an unaligned direct request.

@@ -153,6 +153,32 @@ func TestRenameDoesNotReplace(t *testing.T) {
 	}
 }
 
+// TestRemoveAllBesideACreator checks that what it calls removed is, even when somebody makes
+// files in it meanwhile.
+func TestRemoveAllBesideACreator(t *testing.T) {
+	d := openTestDir(t)
+	for range 50 {
+		if err := d.Mkdir("t"); err != nil && !errors.Is(err, fs.ErrExist) {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() { // ends with the directory, or after some files
+			defer close(done)
+			for n := 0; n < 200 && os.WriteFile(filepath.Join(d.Path(), "t", fmt.Sprint(n)), nil, 0o600) == nil; n++ {
+			}
+		}()
+		err := d.RemoveAll("t") // refuses while files come
+		_, there := os.Lstat(filepath.Join(d.Path(), "t"))
+		if err == nil && there == nil {
+			t.Fatal("a directory that is there was called removed")
+		}
+		<-done
+		if err := d.RemoveAll("t"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestRemoveTemporaryAndTree(t *testing.T) {
 	d := openTestDir(t)
 	if err := d.Mkdir("t"); err != nil {

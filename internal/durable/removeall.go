@@ -25,7 +25,7 @@ func (d *Dir) RemoveAll(name string) error {
 }
 
 // removeAll removes base and what is below it. kept says that a part of it stays
-// for now, because a file there is open on NFS.
+// until a file there, which is open on NFS, is closed.
 func removeAll(dirfd int, base string) (kept bool, err error) {
 	err = unix.Unlinkat(dirfd, base, 0)
 	if err == nil || errors.Is(err, unix.ENOENT) {
