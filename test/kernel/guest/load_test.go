@@ -14,6 +14,16 @@ import (
 	"time"
 )
 
+// loadAll loads all, by turns past the page cache and through it, and returns the pulse of each.
+func (w *workers) loadAll(all []*volume) []*pulse {
+	var pulses []*pulse
+	for i, v := range all {
+		w.load(v, i%2 == 0)
+		pulses = append(pulses, w.pulse(v))
+	}
+	return pulses
+}
+
 // load writes to v and verifies what it wrote, over and over.
 func (w *workers) load(v *volume, direct bool) {
 	w.start("fio on "+v.name, func(ctx context.Context) error {

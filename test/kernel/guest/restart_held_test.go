@@ -21,11 +21,7 @@ func TestRestartHeld(t *testing.T) {
 	all := []*volume{ext4, clone, xfs}
 	w := &workers{t: t}
 	defer w.stop()
-	var pulses []*pulse
-	for i, v := range all {
-		w.load(v, i%2 == 0)
-		pulses = append(pulses, w.pulse(v))
-	}
+	pulses := w.loadAll(all)
 	var p pauses
 	for n := range ends {
 		p.undisturbed(a, pulses)

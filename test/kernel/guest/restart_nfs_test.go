@@ -31,11 +31,7 @@ func TestRestartOnNFS(t *testing.T) {
 	all := []*volume{plain, restored}
 	w := &workers{t: t}
 	defer w.stop()
-	var pulses []*pulse
-	for i, v := range all {
-		w.load(v, i%2 == 0)
-		pulses = append(pulses, w.pulse(v))
-	}
+	pulses := w.loadAll(all)
 	beaten := func() {
 		t.Helper()
 		for _, one := range pulses {

@@ -21,12 +21,11 @@ func TestRestartPlanned(t *testing.T) {
 	xfs := a.create("xfs", "xfs", 320<<20, "")
 	w := &workers{t: t}
 	defer w.stop()
-	var pulses []*pulse
-	for i, v := range []*volume{ext4, xfs} {
+	all := []*volume{xfs, ext4}
+	for _, v := range all {
 		v.mount()
-		w.load(v, i%2 == 1)
-		pulses = append(pulses, w.pulse(v))
 	}
+	pulses := w.loadAll(all)
 	arena := filepath.Join(runDir, "arena")
 	var p pauses
 	for n := range 4 {
@@ -78,7 +77,7 @@ func TestRestartPlanned(t *testing.T) {
 		one.beaten(a)
 	}
 	w.stop()
-	for _, v := range []*volume{ext4, xfs} {
+	for _, v := range all {
 		v.unmount()
 		v.checkAndDelete()
 	}

@@ -43,14 +43,12 @@ func TestRestartKilled(t *testing.T) {
 	all := []*volume{plain, clone, second}
 	w := &workers{t: t}
 	defer w.stop()
-	var pulses []*pulse
-	for i, v := range all {
+	for _, v := range all {
 		if v != plain {
 			v.mount()
 		}
-		w.load(v, i%2 == 0)
-		pulses = append(pulses, w.pulse(v))
 	}
+	pulses := w.loadAll(all)
 	checkThreads(t, a)
 
 	seed := uint64(time.Now().UnixNano())
