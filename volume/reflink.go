@@ -54,14 +54,11 @@ func (p *Pool) checkReflink(owner *entry, q Params) error {
 }
 
 // probeReflink reports with ErrInvalid that the host's file system shares no
-// blocks between files. It tries, with two files that have no names.
+// blocks between files. It tries.
 func (p *Pool) probeReflink() (err error) {
 	var files [2]*os.File
 	for i := range files {
-		f, err := p.dir.OpenFile(incomingDir, unix.O_TMPFILE|unix.O_RDWR, 0o600)
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
-			return errNoReflink(err)
-		}
+		f, err := p.dir.OpenScratch(incomingDir)
 		if err != nil {
 			return err
 		}
@@ -88,7 +85,7 @@ func reflink(dst, src *os.File) error {
 }
 
 func errNoReflink(err error) error {
-	return fmt.Errorf("%w: parameter cloneMode=reflink: the pool's file system cannot share blocks between files (%v); use XFS or btrfs, or cloneMode=auto, copy or linked", ErrInvalid, err)
+	return fmt.Errorf("%w: parameter cloneMode=reflink: the pool's file system cannot share blocks between files (%v); use XFS or btrfs, on NFS 4.2 too, or cloneMode=auto, copy or linked", ErrInvalid, err)
 }
 
 // createReflink makes the volume of rec from the snapshot snap of owner. The

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -72,6 +73,7 @@ func startAgent(a *agent) *agent {
 	t := a.t
 	t.Helper()
 	a.dir = t.TempDir()
+	before := usedDevices()
 	for _, dir := range []string{"staging", "target"} {
 		if err := os.Mkdir(a.path(dir), 0o700); err != nil {
 			t.Fatal(err)
@@ -95,14 +97,20 @@ func startAgent(a *agent) *agent {
 		if t.Failed() {
 			a.printLog()
 		}
-		for _, pattern := range []string{"/sys/block/nbd*/backend", "/sys/block/loop*/loop/backing_file"} {
-			if left, _ := filepath.Glob(pattern); len(left) > 0 {
-				t.Errorf("devices left: %v", left)
-			}
+		left := slices.DeleteFunc(usedDevices(), func(name string) bool { return slices.Contains(before, name) })
+		if len(left) > 0 {
+			t.Errorf("devices left: %v", left)
 		}
 	})
 	a.start()
 	return a
+}
+
+// usedDevices returns what tells in sysfs of the nbd and loop devices that are in use.
+func usedDevices() []string {
+	nbd, _ := filepath.Glob("/sys/block/nbd*/backend") // fail only on bad patterns
+	loop, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	return append(nbd, loop...)
 }
 
 func (a *agent) path(name string) string { return filepath.Join(a.dir, name) }

@@ -5,6 +5,7 @@ package guest
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -17,12 +18,22 @@ type nfsServer struct {
 	export string
 }
 
-// mountNFS starts a server and returns it with the directory that has its export, over NFS 4.2.
+// mountNFS starts a server and returns it with the directory that has its export, an XFS, over NFS 4.2.
 func mountNFS(t *testing.T) (*nfsServer, string) {
 	t.Helper()
 	run(t, "ip", "link", "set", "lo", "up")
 	s := &nfsServer{t: t, export: t.TempDir()}
-	mount(t, "export", s.export, "tmpfs", "mode=755")
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, 512<<20); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.xfs", "-q", disk)
+	loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", disk))
+	t.Cleanup(func() { run(t, "losetup", "--detach", loop) })
+	mount(t, loop, s.export, "xfs", "")
 	mount(t, "nfsd", "/proc/fs/nfsd", "nfsd", "")
 	// What a client needs to get its locks back from the next server is kept there.
 	if err := os.MkdirAll("/var/lib/nfs/v4recovery", 0o755); err != nil {

@@ -28,6 +28,15 @@ func TestRestartOnNFS(t *testing.T) {
 		t.Errorf("of the snapshot: %d bytes, %v", len(got), err)
 	}
 
+	// The server shares the blocks of files, if it can.
+	shared := a.createWith(&volume{a: a, name: "shared", fs: "ext4", bytes: 128 << 20, params: map[string]string{"cloneMode": "reflink"}}, plain.snapshot("shared"))
+	shared.mount()
+	if got, err := os.ReadFile(filepath.Join(shared.target(), "content")); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("of the shared blocks: %d bytes, %v", len(got), err)
+	}
+	shared.unmount()
+	shared.checkAndDelete()
+
 	all := []*volume{plain, restored}
 	w := &workers{t: t}
 	defer w.stop()
