@@ -47,8 +47,8 @@ func (c *conn) replyData(r *request, off uint64, buf *buffer, n, cost int) {
 	c.out.commit(cost)
 }
 
-// replyHole says that the n bytes at off read as zeroes, and ends r if they
-// reach its end; only then does cost return.
+// replyHole says that the n bytes at off read as zeroes, for which requestCost
+// was admitted, and ends r if they reach its end; only then does cost return.
 func (c *conn) replyHole(r *request, off uint64, n uint32, cost int) {
 	flags := r.doneAt(off + uint64(n))
 	if flags == 0 {
@@ -57,7 +57,7 @@ func (c *conn) replyHole(r *request, off uint64, n uint32, cost int) {
 	b, start := c.out.compose()
 	b.head = c.terms.appendHole(b.head, r, flags, off, n)
 	b.addHead(start)
-	c.out.commit(cost)
+	c.out.commit(cost + requestCost)
 }
 
 // doneAt returns the flags of a chunk that ends at off.

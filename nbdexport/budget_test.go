@@ -96,3 +96,43 @@ func TestBudgetIsReturned(t *testing.T) {
 		})
 	}
 }
+
+// shortHoles is a backend of zeroes that tells them 4 KiB at a time.
+type shortHoles struct{ striped }
+
+func (shortHoles) BlockStatus(_ context.Context, off, n int64) (Extent, error) {
+	return Extent{Len: min(n, 4096-off%4096), Hole: true, Zero: true}, nil
+}
+
+// A writeRecorder is a connection that takes everything, and remembers the longest write.
+type writeRecorder struct {
+	net.Conn
+	longest int
+}
+
+func (w *writeRecorder) Write(p []byte) (int, error) {
+	w.longest = max(w.longest, len(p))
+	return len(p), nil
+}
+
+// TestHolesAreAdmitted checks that the answer to a read counts against the
+// budget when it is nothing but holes: there may be thousands of them.
+func TestHolesAreAdmitted(t *testing.T) {
+	const budget = 16 << 10
+	w := new(writeRecorder)
+	c := &conn{backend: shortHoles{}, terms: terms{structured: true}, sparse: true, out: newSender(w, budget, 0)}
+	r := request{cmd: cmdRead, n: stripedSize}
+	if err := c.out.admit(requestCost); err != nil {
+		t.Fatal(err)
+	}
+	c.readChunks(t.Context(), &task{r: r, cost: requestCost})
+	if err := c.out.wait(); err != nil {
+		t.Fatal(err)
+	}
+	if w.longest > budget {
+		t.Errorf("%d bytes of replies were held: want at most the budget of %d", w.longest, budget)
+	}
+	if c.out.free != budget {
+		t.Errorf("budget at the end is %d: want %d", c.out.free, budget)
+	}
+}

@@ -76,6 +76,9 @@ func (c *conn) readChunks(ctx context.Context, t *task) {
 				return
 			}
 			if e.Zero {
+				if c.out.admit(requestCost) != nil { // a backend may tell thousands of them
+					return
+				}
 				c.replyHole(r, off, uint32(e.Len), t.cost)
 				off += uint64(e.Len)
 				continue
