@@ -51,7 +51,7 @@
 //	                     1 MiB of replies on a unix socket, and its overhead
 //	Goroutines           18 for each connection
 //	CPUs                 half of GOMAXPROCS at most are used to wait awake
-//	Unread replies       60 s, then the connection is closed
+//	Unread replies       60 s to 2 min without a byte read, then the connection is closed
 //	Block status         4096 extents in a reply, 65536 calls of the backend for it
 //
 // The backend is not touched, except for its Size, before the transmission

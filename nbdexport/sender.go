@@ -1,7 +1,9 @@
 package nbdexport
 
 import (
+	"errors"
 	"net"
+	"os"
 	"sync"
 	"time"
 )
@@ -62,7 +64,7 @@ func (b *batch) reset() {
 // without progress its connection is closed.
 type sender struct {
 	conn    net.Conn
-	timeout time.Duration // for one write; 0 means none
+	timeout time.Duration // without progress; 0 means none
 
 	mu      sync.Mutex
 	changed sync.Cond // free, sending or err has changed; on mu
@@ -178,25 +180,43 @@ func (s *sender) stream(write func(send func(net.Buffers) error) error) {
 	s.mu.Unlock()
 }
 
-// write writes parts and consumes them. Only the goroutine that has set
-// s.sending may call it.
+// write writes parts and consumes them, for as long as the client goes on reading.
+// Only the goroutine that has set s.sending may call it.
 func (s *sender) write(parts *net.Buffers) error {
-	if s.timeout > 0 {
-		// A deadline is set once in a while only: it then leaves between
-		// three quarters of the timeout and all of it.
-		if now := time.Now(); s.deadline.Sub(now) < s.timeout*3/4 {
-			s.deadline = now.Add(s.timeout)
-			if err := s.conn.SetWriteDeadline(s.deadline); err != nil {
-				return err
-			}
+	for {
+		if err := s.extend(); err != nil {
+			return err
 		}
+		n, err := s.writeSome(parts)
+		if n == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		s.deadline = time.Time{} // it has read something
 	}
-	if len(*parts) == 1 {
-		_, err := s.conn.Write((*parts)[0])
-		return err
+}
+
+// extend sets the write deadline once in a while: it then leaves between three
+// quarters of the timeout and all of it.
+func (s *sender) extend() error {
+	if s.timeout == 0 {
+		return nil
 	}
-	_, err := parts.WriteTo(s.conn)
-	return err
+	now := time.Now()
+	if s.deadline.Sub(now) >= s.timeout*3/4 {
+		return nil
+	}
+	s.deadline = now.Add(s.timeout)
+	return s.conn.SetWriteDeadline(s.deadline)
+}
+
+// writeSome writes parts with one call, and consumes what it has written.
+func (s *sender) writeSome(parts *net.Buffers) (int64, error) {
+	if len(*parts) > 1 {
+		return parts.WriteTo(s.conn)
+	}
+	n, err := s.conn.Write((*parts)[0])
+	(*parts)[0] = (*parts)[0][n:]
+	return int64(n), err
 }
 
 // failLocked makes err, if not nil, the end of the connection: it wakes the

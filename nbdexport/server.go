@@ -24,7 +24,7 @@ type ServerOptions struct {
 	// phase. Default 10 s.
 	HandshakeTimeout time.Duration
 	// WriteTimeout bounds the time for which a client that is owed replies may
-	// read none. Default 60 s.
+	// read nothing, to at most twice as much. Default 60 s.
 	WriteTimeout time.Duration
 	// ConnectionEnded, if not nil, is called after each connection:
 	// negotiated says whether it reached the transmission phase, left is the
