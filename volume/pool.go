@@ -116,11 +116,11 @@ func (e *entry) live() bool { return e.rec == nil || !e.rec.Deleted }
 func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return nil, fmt.Errorf("volume: open pool: %w", err)
+		return nil, unopened(path, err)
 	}
 	dir, err := durable.OpenDir(real)
 	if err != nil {
-		return nil, fmt.Errorf("volume: open pool: %w", err)
+		return nil, unopened(path, err)
 	}
 	dir.SetStep(o.step)
 	p := &Pool{
@@ -148,6 +148,14 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 		}
 	}
 	return p, nil
+}
+
+// unopened says what to do about a path that is no directory.
+func unopened(path string, err error) error {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("pool %q: %w: make the directory or mount its file system, or give another path", path, err)
+	}
+	return fmt.Errorf("pool %q: %w", path, err)
 }
 
 // checkDirectory refuses a directory that others can write to, a path that is

@@ -52,12 +52,16 @@ func (p *poolFlags) Set(s string) error {
 	case !poolName.MatchString(name):
 		return fmt.Errorf("pool name %q: want at most 63 letters a-z, digits, dots and hyphens", name)
 	}
+	dir = filepath.Clean(dir)
 	for _, other := range *p {
 		if other.name == name {
 			return fmt.Errorf("pool %q is given twice", name)
 		}
+		if other.dir == dir {
+			return fmt.Errorf("pools %q and %q have one directory; give each its own", other.name, name)
+		}
 	}
-	*p = append(*p, poolFlag{name, filepath.Clean(dir)})
+	*p = append(*p, poolFlag{name, dir})
 	return nil
 }
 

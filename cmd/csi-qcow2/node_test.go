@@ -21,6 +21,7 @@ func TestNodeFlagsRefused(t *testing.T) {
 		{"--pool", "A=/x"},
 		{"--pool", "=/x"},
 		{"--pool", "a=/x", "--pool", "a=/y"},
+		{"--pool", "a=/x", "--pool", "b=/x/"},
 		{"--node-id", ""},
 		{"--node-id", strings.Repeat("x", 257)},
 		{"--run-dir", "relative"},
@@ -56,15 +57,20 @@ func TestNodeStartsNothingItCannotServe(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(notPool, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct{ pool, want string }{
-		{filepath.Join(dir, "absent"), "no such file or directory"},
+		{filepath.Join(dir, "absent"), "no such file or directory: make the directory"},
+		{file, "not a directory: make the directory"},
 		{notPool, "give an empty directory"},
 	} {
 		var out, errs bytes.Buffer
 		socket := filepath.Join(dir, "s")
 		code := run(context.Background(), []string{"node", "--endpoint", "unix://" + socket, "--pool", "default=" + c.pool,
 			"--run-dir", filepath.Join(dir, "run"), "--node-id", "n"}, nil, &out, &errs)
-		if code != exitError || !strings.Contains(errs.String(), c.want) {
+		if code != exitError || !strings.Contains(errs.String(), c.want) || !strings.Contains(errs.String(), c.pool) {
 			t.Errorf("pool %q: exit %d, %q", c.pool, code, errs.String())
 		}
 		if _, err := os.Lstat(socket); !os.IsNotExist(err) {
