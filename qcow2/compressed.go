@@ -142,11 +142,15 @@ func (p *packer) advance(g *geometry, at HostOffset, n int64) {
 	}
 }
 
-// forget leaves the cluster of next if it is one of n clusters from first, which are freed.
-func (p *packer) forget(g *geometry, first hostCluster, n int64) {
+// forget leaves the cluster of next if it is one of n clusters from first, of which
+// the last reference is about to go. It reports whether that was so.
+func (p *packer) forget(g *geometry, first hostCluster, n int64) bool {
 	p.mu.Lock()
-	if c := g.hostCluster(p.next); p.next != 0 && c >= first && c < first+hostCluster(n) {
-		p.next = 0
+	defer p.mu.Unlock()
+	c := g.hostCluster(p.next)
+	if p.next == 0 || c < first || c >= first+hostCluster(n) {
+		return false
 	}
-	p.mu.Unlock()
+	p.next = 0
+	return true
 }

@@ -50,6 +50,7 @@
 //	    claims                guest clusters of a request; over its I/O
 //	      making              a place among the few that make L2 tables; over that I/O
 //	      l1Claims            one L1 entry; over the I/O that makes its table
+//	        quarantine.reclaimMu  refcounts that fall; over the I/O of a punch
 //	        packer.mu         compressed writes
 //	          allocator.growMu  new refcount blocks and file growth; over their I/O
 //	            allocator.mu  free runs; never over I/O

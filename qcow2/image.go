@@ -150,10 +150,7 @@ func (im *Image) settle() error {
 			return err
 		}
 		// Waits for a reclaim that is under way: it has taken its run out already.
-		q.reclaimMu.Lock()
-		err := im.reclaimLocked()
-		q.reclaimMu.Unlock()
-		if err != nil {
+		if err := im.reclaimInTurn(); err != nil {
 			return err
 		}
 		if q.size() == 0 && im.handle.DirtyTables() == 0 {

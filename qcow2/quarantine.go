@@ -15,7 +15,10 @@ type quarantine struct {
 	mu    sync.Mutex
 	items []quarantined // guarded by mu; stamps never fall from first to last
 
-	reclaimMu sync.Mutex // one reclaim at a time; held over its I/O; requests only try it
+	// reclaimMu is held by who lowers refcounts of what was in use, over the I/O:
+	// of two that looked at a refcount of 2 at once, none would see the last
+	// reference go. Requests only try it.
+	reclaimMu sync.Mutex
 
 	// A timer empties the quarantine of guests that discard and then do nothing
 	// (Options.ReclaimAfter), and at once that of guests that never flush. It runs
@@ -84,7 +87,7 @@ func (im *Image) armLocked(after time.Duration) {
 		defer q.timers.Done()
 		// An error leaves leaks; the next Flush reports what is wrong with the file.
 		if im.handle.WriteBack() == nil {
-			_ = im.reclaim()
+			_ = im.reclaimInTurn()
 		}
 		q.mu.Lock()
 		q.timer, q.soon = nil, false
@@ -123,6 +126,21 @@ func (im *Image) reclaim() error {
 	return im.reclaimLocked()
 }
 
+// reclaimInTurn is reclaim that waits for others who lower refcounts.
+func (im *Image) reclaimInTurn() error {
+	im.quarantine.reclaimMu.Lock()
+	defer im.quarantine.reclaimMu.Unlock()
+	return im.reclaimLocked()
+}
+
+// lower gives up a reference to each cluster of r at once: neither the file nor a
+// request has it any more. table says that slices of them may be in the cache.
+func (im *Image) lower(r run, table bool) error {
+	im.quarantine.reclaimMu.Lock()
+	defer im.quarantine.reclaimMu.Unlock()
+	return im.reclaimRun(quarantined{run: r, table: table})
+}
+
 // reclaimLocked is reclaim with reclaimMu held.
 func (im *Image) reclaimLocked() error {
 	q := &im.quarantine
@@ -146,6 +164,8 @@ func (im *Image) reclaimLocked() error {
 
 // reclaimRun lowers the refcounts of one run by 1. Clusters that fall to 0 are
 // punched first: once they can be allocated, a punch would destroy new data.
+//
+// Preconditions: reclaimMu is held.
 func (im *Image) reclaimRun(item quarantined) error {
 	g := &im.geo
 	for item.n > 0 {
@@ -154,13 +174,13 @@ func (im *Image) reclaimRun(item quarantined) error {
 			return err
 		}
 		last := count == 1
+		if last && im.packer.forget(g, item.first, n) {
+			continue // more compressed data may have been put there since the look
+		}
 		if last && item.table { // who else refers to it may have changed it in the cache
 			for off := g.hostOffset(item.first); off < g.hostOffset(item.first+hostCluster(n)); off += HostOffset(g.sliceBytes) {
 				im.handle.Drop(int64(off))
 			}
-		}
-		if last {
-			im.packer.forget(g, item.first, n)
 		}
 		if last && im.opts.PassDiscard {
 			// What the host cannot punch stays allocated there; nothing is lost.

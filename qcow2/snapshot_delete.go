@@ -58,7 +58,7 @@ func (im *Image) removeRecord(id string) error {
 		return err
 	}
 	clusters := im.geo.clusters(int64(r.l1Size) * entryBytes)
-	return im.reclaimRun(quarantined{run: run{im.geo.hostCluster(r.l1Offset), clusters}, table: true})
+	return im.lower(run{im.geo.hostCluster(r.l1Offset), clusters}, true)
 }
 
 // lowerTree lowers the refcounts of all that entries, an L1 table, reach. What
@@ -86,10 +86,10 @@ func (im *Image) lowerTree(entries []uint64) error {
 // lowerTable lowers the refcounts of all that the L2 table at off maps, and then its own.
 func (im *Image) lowerTable(off HostOffset) error {
 	err := im.eachSlice(off, func(_ int64, l2 []uint64) error {
-		return im.eachRun(l2, func(r run) error { return im.reclaimRun(quarantined{run: r}) })
+		return im.eachRun(l2, func(r run) error { return im.lower(r, false) })
 	})
 	if err != nil {
 		return err
 	}
-	return im.reclaimRun(quarantined{run: run{im.geo.hostCluster(off), 1}, table: true})
+	return im.lower(run{im.geo.hostCluster(off), 1}, true)
 }

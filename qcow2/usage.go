@@ -85,9 +85,7 @@ func (im *Image) prepareUsage() error {
 		return err
 	}
 	im.epochs.synchronize()
-	im.quarantine.reclaimMu.Lock()
-	defer im.quarantine.reclaimMu.Unlock()
-	return im.reclaimLocked()
+	return im.reclaimInTurn()
 }
 
 // A usedState is a state of the image in a usageWalk.
