@@ -36,6 +36,9 @@ func (im *Image) Resize(ctx context.Context, size int64) error {
 	if im.version < 3 && len(im.snapshots()) > 0 {
 		return fmt.Errorf("%w: resize of a version 2 image with internal snapshots", ErrUnsupported)
 	}
+	if err := im.dropBeyond(old, size); err != nil {
+		return err
+	}
 	if err := im.growL1(size); err != nil {
 		return err
 	}
@@ -54,6 +57,24 @@ func (im *Image) Resize(ctx context.Context, size int64) error {
 	im.hdr.size = uint64(size)
 	im.hdrMu.Unlock()
 	im.size.Store(size)
+	return nil
+}
+
+// dropBeyond unmaps what the tables map in whole clusters of [old, size): the VM
+// state of a snapshot that was applied lies behind the end of the disk.
+//
+// Preconditions: the gate is held alone.
+func (im *Image) dropBeyond(old, size int64) error {
+	g := &im.geo
+	mapped := guestCluster(len(im.l1.Load().entries)) << g.l2Bits
+	end := min(guestCluster(g.clusters(size)), mapped)
+	for c := guestCluster(g.clusters(old)); c < end; {
+		n, err := im.remap(c, int64(end-c), func(l2Entry) (l2Entry, bool) { return 0, true })
+		if err != nil {
+			return err
+		}
+		c += guestCluster(n)
+	}
 	return nil
 }
 

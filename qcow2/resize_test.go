@@ -1,0 +1,47 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"testing"
+
+	"csi-qcow2/qcow2"
+)
+
+// TestResizeShowsNothingOld grows images whose tables map something beyond the end
+// of the disk, as QEMU leaves the VM state of a snapshot that was applied.
+func TestResizeShowsNothingOld(t *testing.T) {
+	const whole = 8 << 20 // four L2 tables
+	for _, version := range []int{2, 3} {
+		for _, size := range []int64{512, 256 << 10, 2<<20 + 1536} {
+			t.Run(fmt.Sprintf("v%d/%d", version, size), func(t *testing.T) {
+				d := newDisk(t, whole, qcow2.CreateOptions{ClusterSize: 4096, Version: version})
+				im := openDisk(t, d, qcow2.Options{})
+				want := fill(whole, 1)
+				if _, err := im.WriteAt(want, 0); err != nil {
+					t.Fatal(err)
+				}
+				mustClose(t, im)
+				d.Reopen()
+				if _, err := d.WriteAt(binary.BigEndian.AppendUint64(nil, uint64(size)), 24); err != nil {
+					t.Fatal(err)
+				}
+
+				im = useDisk(t, d, qcow2.Options{})
+				clear(want[size:])
+				for _, grown := range []int64{size + 512, 3 << 20, whole + 1<<20} {
+					if err := im.Resize(t.Context(), grown); err != nil {
+						t.Fatal(err)
+					}
+					got := readAll(t, im)
+					n := min(grown, whole)
+					wantSame(t, fmt.Sprintf("%d bytes", grown), got[:n], want[:n])
+					if len(bytes.Trim(got[n:], "\x00")) > 0 {
+						t.Error("new bytes are not zero")
+					}
+				}
+			})
+		}
+	}
+}
