@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"fmt"
+	"math"
 )
 
 // CheckOptions say what Check does.
@@ -78,7 +79,7 @@ type checker struct {
 	structure     []hostCluster        // clusters of the refcount table and blocks, as far as counted
 	inStructure   bool                 // these are being counted
 	zeroed        map[HostOffset]bool  // entries that the repair makes zero entries
-	beyond        []clusterRange       // references beyond the end of the file
+	beyond        hostCluster          // the lowest cluster of a reference that goes beyond the end of the file
 	highest       hostCluster          // the highest cluster with a reference or a refcount
 	copiedWrong   bool                 // step 4 must look closely
 	overlaps      bool                 // metadata is something else too
@@ -92,9 +93,6 @@ type checker struct {
 	dirtied       bool                 // the repair has set the dirty bit
 	blocks        blockCache
 }
-
-// A clusterRange is the clusters [first, end).
-type clusterRange struct{ first, end hostCluster }
 
 // checkFile verifies the image in f, whose header is h, and repairs it as o
 // says. Nothing else may write f meanwhile; nothing of it may be cached
@@ -158,6 +156,7 @@ func (c *checker) load() (err error) {
 		_, shift := c.g.refcountWord(i)
 		c.shifts = append(c.shifts, shift)
 	}
+	c.beyond = math.MaxUint64
 	c.zeroed = map[HostOffset]bool{}
 	c.sharedBlocks = map[hostCluster]bool{}
 	c.blocks = blockCache{}

@@ -2,6 +2,7 @@ package qcow2_test
 
 import (
 	"encoding/binary"
+	"runtime"
 	"testing"
 
 	"csi-qcow2/internal/qemutest"
@@ -57,4 +58,61 @@ func TestLeakBeyondTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	qemutest.Check(t, path)
+}
+
+// TestReferencesBeyondTheEndCostNoMemory checks an image of a few megabytes that
+// has four million references beyond its end: all L1 entries name one L2 table.
+func TestReferencesBeyondTheEndCostNoMemory(t *testing.T) {
+	const tables, entries, cluster = 512, 8192, 64 << 10
+	d := newDisk(t, tables*entries*cluster, qcow2.CreateOptions{})
+	im := openDisk(t, d, qcow2.Options{})
+	if _, err := im.WriteAt([]byte{1}, 0); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, im)
+	d.Reopen()
+	read := func(off int64) uint64 {
+		t.Helper()
+		var b [8]byte
+		if _, err := d.ReadAt(b[:], off); err != nil {
+			t.Fatal(err)
+		}
+		return binary.BigEndian.Uint64(b[:])
+	}
+	write := func(off int64, words []byte) {
+		t.Helper()
+		if _, err := d.WriteAt(words, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l1 := int64(read(40)) // l1_table_offset
+	entry := read(l1)
+	var l1Words, l2Words []byte
+	for range tables {
+		l1Words = binary.BigEndian.AppendUint64(l1Words, entry)
+	}
+	for i := range uint64(entries) {
+		l2Words = binary.BigEndian.AppendUint64(l2Words, 1<<40+2*i*cluster)
+	}
+	write(l1, l1Words)
+	write(int64(entry&^(1<<63)), l2Words)
+
+	live := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before, grown := live(), int64(-1)
+	r, err := qcow2.CheckFile(t.Context(), d, qcow2.CheckOptions{Progress: func(done float64) {
+		if done > 0.7 && grown < 0 { // of 0.8 for the references
+			grown = live() - before
+		}
+	}})
+	if err != nil || r.Corruptions < tables*entries {
+		t.Errorf("check: %+v, %v; want %d corruptions or more", r, err, tables*entries)
+	}
+	if grown < 0 || grown > 32<<20 {
+		t.Errorf("the check holds %d bytes", grown)
+	}
 }

@@ -44,7 +44,7 @@ func (c *checker) addRange(off HostOffset, bytes int64, flags counter) bool {
 	if int64(off)+bytes-c.fileBytes >= c.g.clusterSize {
 		c.problem(false, off, "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset %#x size %#x",
 			uint64(off), bytes)
-		c.addBeyond(off, bytes)
+		c.beyond = min(c.beyond, c.g.hostCluster(off)) // the repair puts nothing there
 		return false
 	}
 	last := c.g.hostCluster(off + HostOffset(bytes-1))
@@ -64,17 +64,6 @@ func (c *checker) overflow(k hostCluster) {
 	off := c.g.hostOffset(k)
 	c.problem(false, off, "ERROR: overflow cluster offset=%#x", uint64(off))
 	c.report(Problem{Off: off}, "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing")
-}
-
-// addBeyond remembers a reference beyond the end of the file, so that the
-// repair puts nothing there. Neighbours are merged.
-func (c *checker) addBeyond(off HostOffset, bytes int64) {
-	r := clusterRange{c.g.hostCluster(off), c.g.hostCluster(off+HostOffset(bytes-1)) + 1}
-	if n := len(c.beyond); n > 0 && c.beyond[n-1].end == r.first {
-		c.beyond[n-1].end = r.end
-		return
-	}
-	c.beyond = append(c.beyond, r)
 }
 
 // countL1 counts an L1 table of size entries, of which l1 are in the file, its

@@ -107,17 +107,16 @@ func (c *checker) planStructure() (*newStructure, error) {
 		s.table = s.first + hostCluster(len(s.blocks))
 		end = s.table + hostCluster(c.g.clusters(s.entries*entryBytes))
 	}
-	return s, c.checkUnused(s.first, s.end)
+	return s, c.checkUnused(s.end)
 }
 
-// checkUnused refuses to write the clusters [first, end), which no reference
-// that was counted has, if one has that lies beyond the end of the file.
-func (c *checker) checkUnused(first, end hostCluster) error {
-	for _, r := range c.beyond {
-		if r.first < end && r.end > first {
-			return corruptf("L2 table", c.g.hostOffset(r.first),
-				"an entry refers to this place beyond the end of the file, where the repair would write; copy the image")
-		}
+// checkUnused refuses to write the clusters up to end, the first of which follows
+// the last with a reference that was counted, if one has a reference that goes
+// beyond the end of the file.
+func (c *checker) checkUnused(end hostCluster) error {
+	if c.beyond < end {
+		return corruptf("L2 table", c.g.hostOffset(c.beyond),
+			"an entry refers to this place beyond the end of the file, where the repair would write; copy the image")
 	}
 	return nil
 }

@@ -17,7 +17,7 @@ func (c *checker) repairSnapshotTable() error {
 	table := encodeSnapshotTable(c.snapshots)
 	first := c.counts.highest() + 1
 	end := first + hostCluster(c.g.clusters(int64(len(table))))
-	if err := c.checkUnused(first, end); err != nil {
+	if err := c.checkUnused(end); err != nil {
 		return err
 	}
 	off := c.g.hostOffset(first)
