@@ -81,13 +81,27 @@ func (p *Pool) sourceSnapshot(ctx context.Context, req CreateRequest, rec volume
 		return snapshotRecord{}, err
 	}
 	snap, err := p.takeSnapshot(ctx, e, snapshotRecord{
-		ID: p.makeID(kindHidden, rec.ID, 0), Volume: e.id, Hidden: true, Filesystem: source.Filesystem,
+		ID: p.hiddenID(rec.ID, e), Volume: e.id, Hidden: true, Filesystem: source.Filesystem,
 	}, req.Quiesce)
 	if err != nil {
 		p.wakeReaper()
 		return snapshotRecord{}, err
 	}
 	return *snap, nil
+}
+
+// hiddenID returns the ID of the hidden snapshot of e for the clone target. One of an
+// earlier clone of the same ID may be needed still, by a reflink of that clone.
+func (p *Pool) hiddenID(target string, e *entry) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for n := 0; ; n++ {
+		id := p.makeID(kindHidden, target, n)
+		owner := p.snapshots[id]
+		if owner == nil || owner == e && e.dependents[id] == 0 && !p.views.inUse(viewRef{e.id, id}) {
+			return id
+		}
+	}
 }
 
 // cloneSize picks the size of a clone of a source of the given size.

@@ -189,3 +189,26 @@ func TestReflinkRefusals(t *testing.T) {
 		wantBytes(t, c.p, v.ID, 0, 1, 1<<20)
 	}
 }
+
+// A reflink of a clone needs what the clone was made from, also when the clone is
+// gone, and another of its name is made.
+func TestReflinkOutlivesTheNameOfItsSource(t *testing.T) {
+	const n = 1 << 20
+	p := newPoolIn(t, newFilesystem(t, "xfs"))
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, n)
+	first := clone(t, p, "c", Source{Volume: a.ID}, CloneLinked)
+	kept := clone(t, p, "kept", Source{Volume: first.ID}, CloneReflink)
+	remove(t, p, first.ID)
+	reap(t, p)
+	write(t, p, a.ID, 0, 2, n)
+	second := clone(t, p, "c", Source{Volume: a.ID}, CloneLinked)
+	reap(t, p)
+	wantBytes(t, p, kept.ID, 0, 1, n)
+	wantBytes(t, p, second.ID, 0, 2, n)
+	remove(t, p, kept.ID, second.ID, a.ID)
+	reap(t, p)
+	if left := files(t, p.Path()); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
