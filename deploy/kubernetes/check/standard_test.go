@@ -241,6 +241,17 @@ var standardRules = []struct {
 		},
 	},
 	{
+		"groups have a sidecar",
+		func(s *standard) error {
+			gates := flag(s.central("csi-snapshotter"), "feature-gates")
+			return hold(gates == "CSIVolumeGroupSnapshot=true", "its feature gates are %q", gates)
+		},
+		func(s *standard) {
+			args := &s.central("csi-snapshotter").Args
+			*args = slices.DeleteFunc(*args, func(a string) bool { return strings.HasPrefix(a, "--feature-gates") })
+		},
+	},
+	{
 		"the start-up taint does not keep its remover away",
 		func(s *standard) error {
 			return hold(slices.ContainsFunc(s.pod.Tolerations, func(t corev1.Toleration) bool {
