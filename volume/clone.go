@@ -98,7 +98,7 @@ func (p *Pool) hiddenID(target string, e *entry) string {
 	for n := 0; ; n++ {
 		id := p.makeID(kindHidden, target, n)
 		owner := p.snapshots[id]
-		if owner == nil || owner == e && e.dependents[id] == 0 && !p.views.inUse(viewRef{e.id, id}) {
+		if owner == nil || owner == e && !p.neededLocked(e, id) {
 			return id
 		}
 	}

@@ -210,21 +210,27 @@ func (p *Pool) wasteLocked(e *entry) waste {
 	var w waste
 	kept := 0
 	for id, rec := range e.snapshots {
-		if rec.live() || e.dependents[id] > 0 || p.views.inUse(viewRef{e.id, id}) {
+		if rec.live() || p.neededLocked(e, id) {
 			kept++
 		} else {
 			w.snapshots = append(w.snapshots, id)
 		}
 	}
-	if e.rec.Deleted && kept == 0 && len(e.dependents) == 0 {
+	if e.rec.Deleted && kept == 0 && len(e.dependents) == 0 && !(p.blind && len(e.views) > 0) {
 		return waste{volume: true}
 	}
 	for id := range e.views {
-		if e.dependents[id] == 0 && !p.views.inUse(viewRef{e.id, id}) {
+		if !p.neededLocked(e, id) {
 			w.views = append(w.views, id)
 		}
 	}
 	return w
+}
+
+// neededLocked reports whether an overlay may read the snapshot id of e. The
+// caller holds p.mu.
+func (p *Pool) neededLocked(e *entry, id string) bool {
+	return e.dependents[id] > 0 || p.blind && e.views[id] || p.views.inUse(viewRef{e.id, id})
 }
 
 func (p *Pool) reapable(e *entry) bool {

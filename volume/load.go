@@ -13,8 +13,8 @@ import (
 )
 
 // load builds the index from the directory. A volume whose record or header
-// does not decode stays in the index as damaged: it cannot be used, it is
-// reported, and nothing that it might need is removed.
+// cannot be read, or does not decode, stays in the index as damaged: it cannot be
+// used, it is reported, and nothing that it might need is removed.
 func (p *Pool) load() error {
 	ids, err := p.dir.List(volumesDir)
 	if err != nil {
@@ -67,17 +67,29 @@ func (p *Pool) loadVolume(id string) (*entry, error) {
 	}
 	backing, err := p.readBacking(id)
 	if err != nil {
-		if !isDamage(err) && !errors.Is(err, ErrDamaged) {
+		if !isDamage(err) {
 			return nil, err
 		}
 		e.damage, e.rec = errors.Join(e.damage, err), nil
+		p.blind = true
 	}
 	e.backing = backing
+	if e.damage != nil {
+		e.damage = fmt.Errorf("%w; mend or restore the file, or give the volume up by moving %q out of the pool; then start the node agent again",
+			e.damage, path.Join(p.path, dir))
+	}
 	return e, nil
 }
 
+// isDamage reports whether err, of reading a file of one volume, is about that file
+// alone: the others can be used all the same.
 func isDamage(err error) bool {
-	return errors.Is(err, durable.ErrDamaged) || errors.Is(err, fs.ErrNotExist)
+	for _, target := range []error{durable.ErrDamaged, ErrDamaged, fs.ErrNotExist, unix.EIO, unix.EUCLEAN, unix.EBADMSG, unix.EISDIR, unix.ELOOP} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
 }
 
 func (p *Pool) loadSnapshots(e *entry) error {

@@ -57,6 +57,7 @@ type Pool struct {
 	guard   guard
 	images  shared[string, *qcow2.Image]
 	views   shared[viewRef, *qcow2.Image]
+	blind   bool // some image does not tell what it reads: it may read any view; set by load
 
 	mu        sync.Mutex
 	closed    bool                    // guarded by mu
@@ -74,7 +75,7 @@ type entry struct {
 
 	// All below: guarded by Pool.mu. The records are replaced, never changed.
 	rec        *volumeRecord // nil when damaged
-	damage     error         // why rec is nil, or which snapshot record is damaged
+	damage     error         // why rec is nil, and what to do about it
 	backing    *viewRef      // what the image's header names; nil for none
 	snapshots  map[string]*snapshotRecord
 	views      map[string]bool // snapshots that have a view
