@@ -156,16 +156,16 @@ func (im *Image) checkL1(structure string, off HostOffset, entries []uint64) err
 }
 
 // whileDirty runs change with the dirty bit set in the file (E7): refcounts and
-// COPIED flags pass through states that only a repair explains. If change fails
-// the bit stays, and the next opener repairs the image.
+// COPIED flags pass through states that only a repair explains. If change says
+// that it has left the image in one, the bit stays, and the next opener repairs it.
 //
 // Preconditions: im.structural is held.
-func (im *Image) whileDirty(change func() error) error {
+func (im *Image) whileDirty(change func() (whole bool, err error)) error {
 	if err := im.setIncompatible(incompatDirty, true); err != nil {
 		return err
 	}
-	err := change()
-	return errors.Join(err, im.endDirty(err == nil))
+	whole, err := change()
+	return errors.Join(err, im.endDirty(whole && im.failed() == nil))
 }
 
 // endDirty makes what was changed durable and clears the dirty bit, unless this

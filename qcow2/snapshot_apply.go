@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -47,36 +48,48 @@ func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
 	if err := im.settle(); err != nil {
 		return err
 	}
-	err = im.whileDirty(func() error { return im.replaceState(ctx, entries, size) })
+	err = im.whileDirty(func() (bool, error) { return im.replaceState(ctx, entries, size) })
 	if err != nil {
 		return fmt.Errorf("qcow2: apply snapshot %q: %w", id, err)
 	}
 	return nil
 }
 
-// replaceState makes entries, the L1 table of a snapshot, the active one.
-func (im *Image) replaceState(ctx context.Context, entries []uint64, size int64) error {
-	for i := range entries {
-		entries[i] &^= entryCopied
-		table := l1Entry(entries[i]).offset()
-		if table == 0 {
-			continue
-		}
-		if err := im.raiseTable(table); err != nil {
-			return err
-		}
+// replaceState makes entries, the L1 table of a snapshot, the active one. It
+// reports whether the image is whole: also after an error that came before the
+// switch, for lack of space or of room in the refcounts.
+func (im *Image) replaceState(ctx context.Context, entries []uint64, size int64) (whole bool, err error) {
+	raised, err := im.raiseTree(entries)
+	var first hostCluster
+	if err == nil {
+		first, err = im.writeL1(entries)
 	}
-	first, err := im.writeL1(entries)
 	if err != nil {
-		return err
+		undo := im.lowerTree(entries[:raised])
+		return undo == nil, errors.Join(err, undo)
 	}
 	old := im.l1.Load().snapshot()
 	if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {
-		return err
+		return false, err
 	}
 	im.epochs.synchronize() // readers of the old state
 	if err := im.lowerTree(old); err != nil {
-		return err
+		return false, err
 	}
-	return im.fixCopied(ctx)
+	err = im.fixCopied(ctx)
+	return err == nil, err
+}
+
+// raiseTree raises the refcounts of all that entries, an L1 table of a snapshot,
+// reach, and clears the COPIED flags in it. It returns for how many entries it did.
+func (im *Image) raiseTree(entries []uint64) (raised int, err error) {
+	for i := range entries {
+		entries[i] &^= entryCopied
+		if table := l1Entry(entries[i]).offset(); table != 0 {
+			if err := im.raiseTable(table); err != nil {
+				return i, err
+			}
+		}
+	}
+	return len(entries), nil
 }

@@ -30,14 +30,16 @@ func (im *Image) DeleteSnapshot(ctx context.Context, id string) error {
 	}
 	// What is committed is finished: a caller that leaves does not stop it.
 	ctx = context.WithoutCancel(ctx)
-	err = im.whileDirty(func() error {
+	err = im.whileDirty(func() (bool, error) {
 		if err := im.removeRecord(record.id); err != nil {
-			return err
+			_, there := findSnapshot(im.snapshots(), record.id)
+			return there == nil, err // for lack of space: nothing has changed
 		}
 		if err := im.lowerTree(entries); err != nil {
-			return err
+			return false, err
 		}
-		return im.fixCopied(ctx)
+		err := im.fixCopied(ctx)
+		return err == nil, err
 	})
 	if err != nil {
 		return fmt.Errorf("qcow2: delete snapshot %q: %w", id, err)

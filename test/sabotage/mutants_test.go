@@ -241,15 +241,15 @@ var mutants = []mutant{
 	{
 		name: "snapshots: a delete lowers refcounts before it is committed",
 		file: "qcow2/snapshot_delete.go",
-		old:  "		if err := im.removeRecord(record.id); err != nil {\n			return err\n		}\n		if err := im.lowerTree(entries); err != nil {\n			return err\n		}",
-		new:  "		if err := im.lowerTree(entries); err != nil {\n			return err\n		}\n		if err := im.removeRecord(record.id); err != nil {\n			return err\n		}",
+		old:  "		if err := im.removeRecord(record.id); err != nil {",
+		new:  "		early := im.lowerTree(entries)\n		entries = nil\n		if early != nil {\n			return false, early\n		}\n		if err := im.removeRecord(record.id); err != nil {",
 		pkg:  "qcow2", run: powerLoss,
 	},
 	{
 		name: "snapshots: a revert lowers refcounts before it is committed",
 		file: "qcow2/snapshot_apply.go",
 		old:  "	if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {",
-		new:  "	if err := im.lowerTree(old); err != nil {\n		return err\n	}\n	old = nil\n	if err := im.handle.WriteBack(); err != nil {\n		return err\n	}\n	if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {",
+		new:  "	if err := im.lowerTree(old); err != nil {\n		return false, err\n	}\n	old = nil\n	if err := im.handle.WriteBack(); err != nil {\n		return false, err\n	}\n	if err := im.switchL1(newL1Table(im.geo.hostOffset(first), entries), size); err != nil {",
 		pkg:  "qcow2", run: powerLoss,
 	},
 	{

@@ -1,0 +1,89 @@
+package qcow2_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"syscall"
+	"testing"
+
+	"csi-qcow2/internal/storagetest"
+	"csi-qcow2/qcow2"
+)
+
+// wantUndone fails the test unless err is want, and the image in d is as if the
+// change had not been tried: without the dirty bit, leaks or wrong flags.
+func wantUndone(t *testing.T, d *storagetest.Disk, im *qcow2.Image, err, want error) {
+	t.Helper()
+	wantErrorIs(t, err, want)
+	var bits [8]byte
+	if _, err := d.ReadAt(bits[:], 72); err != nil { // incompatible_features
+		t.Fatal(err)
+	}
+	if got := binary.BigEndian.Uint64(bits[:]); got != 0 {
+		t.Errorf("incompatible features %#x, want 0", got)
+	}
+	checkClean(t, im, true)
+}
+
+// TestApplyWithoutRoomInRefcounts applies a snapshot that refcounts of 2 bits
+// cannot count once more: a host cluster has compressed data of three clusters,
+// one of them in the snapshot too.
+func TestApplyWithoutRoomInRefcounts(t *testing.T) {
+	const cluster = 4096
+	const table = cluster / 8 * cluster // what an L2 table maps
+	d := newDisk(t, 2*table, qcow2.CreateOptions{ClusterSize: cluster, RefcountBits: 2})
+	im := useDisk(t, d, qcow2.Options{})
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := im.WriteAt(fill(3*cluster, 1), 0)
+	do(err)
+	do(im.WriteCompressed(make([]byte, cluster), table))
+	s, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "s"})
+	do(err)
+	_, err = im.WriteAt(fill(cluster, 2), 0)
+	do(err)
+	do(im.WriteCompressed(make([]byte, cluster), table+cluster))
+	do(im.Flush())
+	want := readAll(t, im)
+	wantUndone(t, d, im, im.ApplySnapshot(t.Context(), s.ID), qcow2.ErrRefcountOverflow)
+	wantSame(t, "the disk", readAll(t, im), want)
+}
+
+// TestSnapshotChangesWithoutSpace applies, deletes and creates snapshots on a host
+// that is full.
+func TestSnapshotChangesWithoutSpace(t *testing.T) {
+	d := newDisk(t, 4<<20, qcow2.CreateOptions{ClusterSize: 4096})
+	im := useDisk(t, d, qcow2.Options{})
+	var ids []string
+	for i := range uint64(2) {
+		if _, err := im.WriteAt(fill(1<<20, i), int64(i)<<18); err != nil {
+			t.Fatal(err)
+		}
+		s, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "s"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, s.ID)
+	}
+	if _, err := im.WriteAt(fill(1<<20, 7), 1<<17); err != nil {
+		t.Fatal(err)
+	}
+	want := readAll(t, im)
+	full := &storagetest.Fault{Ops: storagetest.OpAllocate, N: 1, Err: syscall.ENOSPC, Sticky: true}
+	d.Inject(full)
+	wantUndone(t, d, im, im.ApplySnapshot(t.Context(), ids[0]), syscall.ENOSPC)
+	wantUndone(t, d, im, im.DeleteSnapshot(t.Context(), ids[0]), syscall.ENOSPC)
+	_, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "s"})
+	wantUndone(t, d, im, err, syscall.ENOSPC)
+	wantSame(t, "the disk", readAll(t, im), want)
+	if n := len(im.Snapshots()); n != len(ids) {
+		t.Errorf("%d snapshots, want %d", n, len(ids))
+	}
+	d.Clear()
+	err = errors.Join(im.DeleteSnapshot(t.Context(), ids[0]), im.ApplySnapshot(t.Context(), ids[1]))
+	wantUndone(t, d, im, err, nil)
+}
