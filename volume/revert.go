@@ -2,8 +2,12 @@ package volume
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"path"
+
+	"golang.org/x/sys/unix"
 
 	"csi-qcow2/qcow2"
 )
@@ -18,7 +22,8 @@ import (
 //
 // The record names the snapshot first, then the image changes, then the record
 // says what the volume is now. Who opens the image in between goes on from there
-// (see openImage), so that a crash leaves the old state or the new one.
+// (see openImage), so that a crash leaves the old state or the new one. After an
+// error that came before the image changed, the record says so no more.
 func (p *Pool) Revert(ctx context.Context, id, snapshot string) (Volume, error) {
 	return detach(ctx, p, func(ctx context.Context) (Volume, error) {
 		if _, _, err := p.record(id); err != nil {
@@ -78,10 +83,37 @@ func (p *Pool) revert(ctx context.Context, e *entry, snapshot string) (err error
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	before, err := p.activeTable(e.id)
+	if err != nil {
+		return err
+	}
 	if err := p.updateRecord(e, func(r *volumeRecord) { r.Revert = snapshot }); err != nil {
 		return err
 	}
-	return p.finishRevert(ctx, e, d.Image)
+	if err := p.finishRevert(ctx, e, d.Image); err != nil {
+		err = spaceError(fmt.Errorf("revert volume %s: %w", e.id, err))
+		// What is refused must not happen later, when somebody opens the volume.
+		if after, lookErr := p.activeTable(e.id); lookErr == nil && after == before {
+			err = errors.Join(err, p.updateRecord(e, func(r *volumeRecord) { r.Revert = "" }))
+		}
+		return err
+	}
+	return nil
+}
+
+// activeTable returns where the header of the image of the volume id says that its
+// active L1 table is: another place after each revert.
+func (p *Pool) activeTable(id string) (uint64, error) {
+	f, err := p.dir.OpenFile(path.Join(volumeDir(id), diskName), unix.O_RDONLY, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	h, err := readHeader(f)
+	if err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint64(h[40:]), nil
 }
 
 // finishRevert reverts im, the image of e, as its record says. It can be repeated.

@@ -2,7 +2,12 @@ package volume
 
 import (
 	"errors"
+	"sync/atomic"
+	"syscall"
 	"testing"
+
+	"csi-qcow2/internal/storagetest"
+	"csi-qcow2/qcow2"
 )
 
 // Revert brings back content and what is known of the filesystem; later
@@ -96,4 +101,61 @@ func TestRevertCopy(t *testing.T) {
 	reap(t, p)
 	wantIndependent(t, p, c.ID, true)
 	wantBytes(t, p, c.ID, 0, 1, n)
+}
+
+// A fullFile does not grow once it is told so.
+type fullFile struct {
+	qcow2.File
+	full *atomic.Bool
+}
+
+func (f fullFile) grow(end int64) error {
+	size, err := f.Size()
+	if err == nil && f.full.Load() && end > size {
+		err = syscall.ENOSPC
+	}
+	return err
+}
+
+func (f fullFile) Truncate(size int64) error {
+	if err := f.grow(size); err != nil {
+		return err
+	}
+	return f.File.Truncate(size)
+}
+
+func (f fullFile) Allocate(off, n int64) error {
+	if err := f.grow(off + n); err != nil {
+		return err
+	}
+	return f.File.Allocate(off, n)
+}
+
+// A revert that was refused for lack of space does not happen later: the volume
+// can be used as it is, now and when there is space.
+func TestRevertWithoutSpace(t *testing.T) {
+	const n = 1 << 20
+	var full atomic.Bool
+	dir := storagetest.MemoryDir(t)
+	p := openPool(t, dir, Options{wrapFile: func(f qcow2.File) qcow2.File { return fullFile{f, &full} }})
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, n)
+	s := snapshot(t, p, "s", a.ID)
+	write(t, p, a.ID, 0, 2, n)
+	full.Store(true)
+	if _, err := p.Revert(t.Context(), a.ID, s.ID); !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("got %v, want ErrNoSpace", err)
+	}
+	wantBytes(t, p, a.ID, 0, 2, n)
+	full.Store(false)
+	wantBytes(t, p, a.ID, 0, 2, n)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p = newPoolIn(t, dir)
+	wantBytes(t, p, a.ID, 0, 2, n)
+	if _, err := p.Revert(t.Context(), a.ID, s.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantBytes(t, p, a.ID, 0, 1, n)
 }
