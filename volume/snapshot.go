@@ -137,10 +137,26 @@ func (p *Pool) takeSnapshots(ctx context.Context, entries []*entry, records []sn
 	if err != nil {
 		return nil, spaceError(fmt.Errorf("snapshot of %s: %w", entries[0].id, err))
 	}
+	if err := p.checkFilesystems(entries, taken); err != nil {
+		return nil, err
+	}
 	for i := range taken {
 		taken[i].State, taken[i].Size = snapshotReady, cuts[i].DiskSize
 	}
 	return taken, nil
+}
+
+// checkFilesystems refuses snapshots that were cut while what is known of a
+// filesystem changed: a restore could neither be mounted nor formatted.
+func (p *Pool) checkFilesystems(entries []*entry, taken []snapshotRecord) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, e := range entries {
+		if e.rec.Filesystem != taken[i].Filesystem {
+			return fmt.Errorf("%w: volume %s was staged for the first time meanwhile", ErrBusy, e.id)
+		}
+	}
+	return nil
 }
 
 // prepareSnapshot writes the intent to take the snapshot of rec and opens the

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -348,4 +349,31 @@ func TestExpandWithSnapshots(t *testing.T) {
 	reap(t, p)
 	wantBytes(t, p, v.ID, 7*n, 1, n)
 	wantBytes(t, p, v.ID, 4095*n, 2, n)
+}
+
+// A snapshot that is cut while the volume gets its filesystem is refused: its
+// record would not say what is in it. The retry is whole.
+func TestSnapshotDuringFirstStage(t *testing.T) {
+	p := newPool(t)
+	for _, known := range []Filesystem{{FilesystemFormatted, "ext4"}, {State: FilesystemForeign}} {
+		name := string(known.State)
+		v := create(t, p, name, Source{})
+		take := func(quiesce Quiesce) (Snapshot, error) {
+			return p.CreateSnapshotQuiesced(t.Context(), "s "+name, v.ID, quiesce)
+		}
+		_, err := take(func(_ context.Context, cut func()) error {
+			defer cut()
+			return p.SetFilesystem(v.ID, known)
+		})
+		if !errors.Is(err, ErrBusy) {
+			t.Errorf("%s: got %v, want ErrBusy", name, err)
+		}
+		s, err := take(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c := create(t, p, "restored "+name, Source{Snapshot: s.ID}); c.Filesystem != known {
+			t.Errorf("%s: a restore has %+v, want %+v", name, c.Filesystem, known)
+		}
+	}
 }
