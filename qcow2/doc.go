@@ -56,7 +56,7 @@
 //	            allocator.mu  free runs; never over I/O
 //	              allocator.refcounts  the refcounts of a slice; never over I/O
 //	              guard.mu, quarantine.mu, hdrMu, and the locks of package cache
-//	                OSFile.turn, OSFile.rmw  one write of a kind to a host file; over it
+//	                OSFile.turn, OSFile.rmw, OSFile.sync  one write or sync of a kind to a host file; over it
 //
 // # Durability / Failure
 //

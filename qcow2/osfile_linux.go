@@ -53,6 +53,9 @@ type OSFile struct {
 
 	oneWriter bool       // the kernel admits one write at a time
 	turn      sync.Mutex // with oneWriter: held over the I/O of a write that inTurn is for
+
+	sync sync.Mutex // one Datasync at a time; held over it
+	lost error      // of the first Datasync that failed; guarded by sync
 }
 
 var _ File = (*OSFile)(nil)
@@ -391,9 +394,15 @@ func (f *OSFile) fill(b []byte, off int64) error {
 
 func (f *OSFile) alignUp(n int64) int64 { return (n + f.blockAlign - 1) &^ (f.blockAlign - 1) }
 
-// Datasync implements File.
+// Datasync implements File. Once it has failed it always does: the kernel tells of
+// lost writes once, and of two calls at a time only one.
 func (f *OSFile) Datasync() error {
-	return f.wrap("fdatasync", ignoringEINTR(func() error { return unix.Fdatasync(int(f.fd.Load())) }))
+	f.sync.Lock()
+	defer f.sync.Unlock()
+	if f.lost == nil {
+		f.lost = f.wrap("fdatasync", ignoringEINTR(func() error { return unix.Fdatasync(int(f.fd.Load())) }))
+	}
+	return f.lost
 }
 
 // Truncate implements File.

@@ -258,3 +258,29 @@ func TestOpenFileRefuses(t *testing.T) {
 		t.Errorf("ReadAt after Close: %v, want os.ErrClosed", err)
 	}
 }
+
+// TestSyncThatFailedStaysFailed: a pipe cannot be synced.
+func TestSyncThatFailedStaysFailed(t *testing.T) {
+	f := newOSFile(t, filepath.Join(t.TempDir(), "f"), FileOptions{})
+	d, err := OpenRaw(f, RawOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	good := f.fd.Swap(int64(w.Fd()))
+	if err := d.Flush(); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("flush of a pipe: %v, want EINVAL", err)
+	}
+	f.fd.Store(good)
+	if err := d.Flush(); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("flush after one that failed: %v, want its error", err)
+	}
+}
