@@ -147,6 +147,17 @@ func (g *guard) bound(c Capacity) int64 {
 	return math.MaxInt64
 }
 
+// reservable returns how many bytes of c can be taken at once.
+func (g Guard) reservable(c Capacity) int64 {
+	kept := 0.0
+	for _, share := range []float64{g.RefuseAt, g.StopAt} {
+		if share > 0 {
+			kept = max(kept, 1-share)
+		}
+	}
+	return max(0, c.Available-int64(kept*float64(c.Total)))
+}
+
 // provisioned returns the virtual sizes of all volumes that users see, together.
 func (p *Pool) provisioned() int64 {
 	p.mu.Lock()
@@ -172,15 +183,15 @@ func (p *Pool) promise(n int64) (kept func(), err error) {
 		return nil, err
 	}
 	if g.opts.level(c) >= LevelRefuse {
-		return nil, fmt.Errorf("%w: %d of %d bytes are left, and the pool takes no new volumes from %g %% use on; free space or add some",
-			ErrNoSpace, c.Available, c.Total, 100*g.opts.RefuseAt)
+		return nil, fmt.Errorf("%w: %d of %d bytes are left in %q, which takes no new volumes from %g %% use on; free space or add some",
+			ErrNoSpace, c.Available, c.Total, p.path, 100*g.opts.RefuseAt)
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.opts.Overcommit > 0 {
 		if room := g.bound(c) - p.provisioned() - g.promised; n > room {
-			return nil, fmt.Errorf("%w: %d bytes more would promise more than %g times the pool's %d bytes; there is room for %d",
-				ErrNoSpace, n, g.opts.Overcommit, c.Total, max(0, room))
+			return nil, fmt.Errorf("%w: %d bytes more would promise more than %g times the %d bytes of %q; there is room for %d: delete volumes, add space, or raise the bound",
+				ErrNoSpace, n, g.opts.Overcommit, c.Total, p.path, max(0, room))
 		}
 	}
 	g.promised += n

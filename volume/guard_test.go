@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"csi-qcow2/qcow2"
 )
 
 // guarded opens a new pool with a guard.
@@ -318,5 +320,35 @@ func TestSpace(t *testing.T) {
 		if large := v.Allocated >= 4<<20; large != v.Source.Empty() || v.Allocated <= 0 {
 			t.Errorf("volume %s takes %d bytes", v.Name, v.Allocated)
 		}
+	}
+}
+
+// A reservation leaves what the guard keeps, whatever is asked for; a clone
+// reserves nothing, so that nothing is asked of the pool for it.
+func TestReservationLeavesRoom(t *testing.T) {
+	p := openPool(t, newFilesystem(t, "xfs"), Options{Guard: Guard{RefuseAt: 0.95, StopAt: 0.98}})
+	defer p.Close()
+	reserve := func(name string, size int64, source Source) error {
+		req := sized(name, size)
+		req.Params.Preallocation, req.Source = qcow2.PreallocationFalloc, source
+		_, err := p.Create(t.Context(), req)
+		return err
+	}
+	c := capacityOf(t, p)
+	thin, err := p.Create(t.Context(), sized("thin", c.Total))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := reserve("all", (c.Available-8<<20)&^(SizeUnit-1), Source{}); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("all that is left: got %v, want ErrNoSpace", err)
+	}
+	if err := reserve("clone", c.Total, Source{Volume: thin.ID}); err != nil {
+		t.Errorf("a clone: %v", err)
+	}
+	if err := reserve("most", c.Available-c.Total/15, Source{}); err != nil {
+		t.Errorf("what may be taken: %v", err)
+	}
+	if level := p.Level(capacityOf(t, p)); level >= LevelStop {
+		t.Errorf("the pool is at level %d after a reservation", level)
 	}
 }

@@ -103,12 +103,12 @@ func (p *Pool) create(ctx context.Context, req CreateRequest) (Volume, error) {
 	case existing != nil:
 		return compatible(existing, req)
 	}
-	if err := p.checkSpace(req); err != nil {
-		return Volume{}, err
-	}
 	rec := volumeRecord{ID: id, Name: req.Name, Params: req.Params, Source: req.Source, Created: time.Now().UTC()}
 	if req.Source.Empty() {
 		if rec.Size, err = req.Size.pick(defaultIfZero(req.Size, DefaultSize)); err != nil {
+			return Volume{}, err
+		}
+		if err := p.checkSpace(rec); err != nil {
 			return Volume{}, err
 		}
 		return p.build(ctx, rec, p.newImage(rec, nil))
@@ -179,18 +179,20 @@ func compatible(rec *volumeRecord, req CreateRequest) (Volume, error) {
 	return Volume{}, fmt.Errorf("%w: volume %q has another %s", ErrIncompatible, req.Name, differs)
 }
 
-// checkSpace refuses what cannot be reserved. Volumes without preallocation
-// are thin: they may promise more than the pool holds.
-func (p *Pool) checkSpace(req CreateRequest) error {
-	if req.Params.Preallocation != qcow2.PreallocationFull && req.Params.Preallocation != qcow2.PreallocationFalloc {
+// checkSpace refuses what cannot be reserved: a reservation leaves the space that
+// the pool's Guard keeps, or no volume could be written or made beside it. Volumes
+// without preallocation are thin: they may promise more than the pool holds.
+func (p *Pool) checkSpace(rec volumeRecord) error {
+	if rec.Params.Preallocation != qcow2.PreallocationFull && rec.Params.Preallocation != qcow2.PreallocationFalloc {
 		return nil
 	}
 	c, err := p.Capacity()
 	if err != nil {
 		return err
 	}
-	if req.Size.Required > c.Available {
-		return fmt.Errorf("%w: %d bytes to reserve, %d available", ErrNoSpace, req.Size.Required, c.Available)
+	if room := p.guard.opts.reservable(c); rec.Size > room {
+		return fmt.Errorf("%w: %d bytes to reserve in pool %q, and %d of the %d that are left may be; free space, add some, or use preallocation=off",
+			ErrNoSpace, rec.Size, p.path, room, c.Available)
 	}
 	return nil
 }
