@@ -25,8 +25,13 @@ func (c *conn) readInLine(r *request) error {
 	return nil
 }
 
-// readWhole answers a read with one piece of data. cost covers its buffer.
+// readWhole answers a read with one piece of data. cost covers its buffer. An
+// empty read is answered without data: there are no empty chunks of it.
 func (c *conn) readWhole(r *request, cost int) {
+	if r.n == 0 {
+		c.reply(r, nil, cost)
+		return
+	}
 	buf := newBuffer(int(r.n))
 	if err := c.readAt(buf.b[:r.n], r.off); err != nil {
 		buf.release()
@@ -36,11 +41,8 @@ func (c *conn) readWhole(r *request, cost int) {
 	c.replyData(r, r.off, buf, int(r.n), cost)
 }
 
-// readAt reads len(p) bytes; the backend knows no empty reads.
+// readAt reads len(p) bytes, more than none.
 func (c *conn) readAt(p []byte, off uint64) error {
-	if len(p) == 0 {
-		return nil
-	}
 	_, err := c.backend.ReadAt(p, int64(off))
 	return err
 }

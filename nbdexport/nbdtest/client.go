@@ -368,9 +368,15 @@ func (c *Client) receiveChunk(b []byte, length uint64) Message {
 			c.t.Fatalf("client: NONE chunk of %d bytes, done %v", length, m.Done)
 		}
 	case ChunkOffsetData:
+		if length < 9 {
+			c.t.Fatalf("client: data chunk of %d bytes: want at least 9", length)
+		}
 		m.Off, m.Data = binary.BigEndian.Uint64(body), body[8:]
 	case ChunkOffsetHole:
 		m.Off, m.Hole = binary.BigEndian.Uint64(body), uint64(binary.BigEndian.Uint32(body[8:]))
+		if length != 12 || m.Hole == 0 {
+			c.t.Fatalf("client: hole of %d bytes in a chunk of %d", m.Hole, length)
+		}
 	case ChunkBlockStatus:
 		m.Context = binary.BigEndian.Uint32(body)
 		for body = body[4:]; len(body) > 0; body = body[8:] {
