@@ -64,7 +64,7 @@ const (
 func (a *allocator) init(g *geometry, reftableOff HostOffset, reftable []uint64, fileSize int64) {
 	a.reftable.Store(&reftable)
 	a.reftableOff = reftableOff
-	a.tail = hostCluster(g.clusters(fileSize))
+	a.tail = min(hostCluster(g.clusters(fileSize)), g.hostCluster(maxHostOffset))
 	a.low, a.lowEnd = 0, a.tail
 	a.fileEnd.Store(fileSize)
 }
@@ -148,15 +148,23 @@ func (im *Image) takeLocked(want int64) (take, error) {
 	return im.takeTail(want)
 }
 
+// errTooLong: entries of tables cannot say where another cluster is.
+var errTooLong = fmt.Errorf("%w: the image file would pass %d bytes", ErrTooLarge, uint64(maxHostOffset))
+
 // takeTail takes from what was taken ahead of the tail, and takes more ahead when
 // that is less than want. Preconditions: a.mu is held.
 func (im *Image) takeTail(want int64) (take, error) {
 	a, g := &im.allocator, &im.geo
 	for a.ahead.n < want {
 		end := a.ahead.first + hostCluster(a.ahead.n)
-		if t, _ := g.refblockIndex(a.tail); t >= len(a.table()) || a.table()[t] == 0 {
+		table, _ := g.refblockIndex(a.tail)
+		tooLong := a.tail >= g.hostCluster(maxHostOffset)
+		if tooLong || table >= len(a.table()) || a.table()[table] == 0 {
 			if a.ahead.n > 0 {
 				break
+			}
+			if tooLong {
+				return take{}, errTooLong
 			}
 			return take{noBlock: true}, nil
 		}
@@ -360,7 +368,7 @@ func (im *Image) reserveTail(n int64) (hostCluster, error) {
 		a.tail += hostCluster(n)
 		a.mu.Unlock()
 		if first+hostCluster(n) > g.hostCluster(maxHostOffset) {
-			return 0, fmt.Errorf("%w: the image file would pass %d bytes", ErrTooLarge, uint64(maxHostOffset))
+			return 0, errTooLong
 		}
 		used := false
 		for c := first; c < first+hostCluster(n) && !used; c++ {

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -42,9 +43,10 @@ type packer struct {
 	next HostOffset // guarded by mu; where the free rest of the last host cluster begins, 0 for none
 }
 
-// WriteCompressed stores one whole guest cluster compressed, or as WriteAt
-// when it does not shrink. off must be a multiple of the cluster size, and p
-// one cluster, or the shorter rest of the disk.
+// WriteCompressed stores one whole guest cluster compressed, or as WriteAt when it
+// does not shrink, and where the host file is longer than the entries of
+// compressed clusters can say. off must be a multiple of the cluster size, and p one
+// cluster, or the shorter rest of the disk.
 func (im *Image) WriteCompressed(p []byte, off int64) error {
 	g := &im.geo
 	size := im.size.Load()
@@ -60,13 +62,18 @@ func (im *Image) WriteCompressed(p []byte, off int64) error {
 	packed := GetBuffer(int(g.clusterSize))
 	defer PutBuffer(packed)
 	n, ok := compressCluster(im.hdr.compressionType, packed, whole)
-	if !ok || int64(n) >= g.clusterSize {
-		_, err := im.WriteAt(p, off)
-		return err
+	err := errCannotPack
+	if ok && int64(n) < g.clusterSize {
+		_, err = im.change(off, int64(len(p)), func() (int, error) { return 0, im.writePacked(packed[:n], off) })
 	}
-	_, err := im.change(off, int64(len(p)), func() (int, error) { return 0, im.writePacked(packed[:n], off) })
+	if err == errCannotPack {
+		_, err = im.WriteAt(p, off)
+	}
 	return err
 }
+
+// errCannotPack: a cluster must be stored as it is.
+var errCannotPack = errors.New("")
 
 func (im *Image) writePacked(data []byte, off int64) error {
 	g := &im.geo
@@ -120,6 +127,10 @@ func (im *Image) allocBytes(n int64) (HostOffset, error) {
 	c, _, _, err := im.alloc(1)
 	if err != nil {
 		return 0, err
+	}
+	if g.hostOffset(c)>>g.compressedBits() != 0 {
+		im.free(c, 1)
+		return 0, errCannotPack
 	}
 	if pk.next != 0 && g.hostCluster(pk.next)+1 == c {
 		at := pk.next

@@ -74,18 +74,23 @@ func (e l2Entry) zero() bool         { return uint64(e)&entryZero != 0 }
 // reserved returns the reserved bits that are set; e must not be compressed.
 func (e l2Entry) reserved() uint64 { return uint64(e) & l2ReservedMask }
 
+// compressedBits returns how many bits the entry of a compressed cluster has for
+// its host offset: as few as 49 with the largest clusters.
+func (g *geometry) compressedBits() uint { return 62 - (g.clusterBits - 8) }
+
 // compressedRange returns where the compressed data of e lies: [off, off+n),
 // n a multiple of 512 less the part of the first sector before off.
 func (e l2Entry) compressedRange(g *geometry) (off HostOffset, n int64) {
-	shift := 62 - (g.clusterBits - 8)
+	shift := g.compressedBits()
 	off = HostOffset(uint64(e) & (1<<shift - 1))
 	sectors := int64(uint64(e)&(entryCompressed-1)>>shift) + 1
 	return off, sectors*512 - int64(off&511)
 }
 
-// makeCompressed returns the entry for n > 0 bytes of compressed data at off.
+// makeCompressed returns the entry for n > 0 bytes of compressed data at off, which
+// must fit into compressedBits.
 func makeCompressed(g *geometry, off HostOffset, n int64) l2Entry {
-	shift := 62 - (g.clusterBits - 8)
+	shift := g.compressedBits()
 	sectors := (uint64(off)+uint64(n)-1)>>9 - uint64(off)>>9
 	return l2Entry(entryCompressed | sectors<<shift | uint64(off))
 }
