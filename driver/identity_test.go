@@ -11,7 +11,7 @@ import (
 func TestASickPoolDoesNotRestartThePlugin(t *testing.T) {
 	r := newRig(t)
 	// A look at the pool that hangs, as on a dead NFS server.
-	if _, hung := r.driver.probes.running.LoadOrStore("statfs "+r.pool.Path(), true); hung {
+	if _, hung := r.driver.probes.running.LoadOrStore("statfs "+r.pool.Path(), new(probe)); hung {
 		t.Fatal("somebody is looking already")
 	}
 	probe, err := r.Probe(t.Context(), &csi.ProbeRequest{})

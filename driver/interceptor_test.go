@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -100,6 +101,8 @@ func TestProbesAreBounded(t *testing.T) {
 	if err := p.run(ctx, "x", func() error { close(begun); <-hang; return nil }); !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v", err)
 	}
+	look, _ := p.running.Load("x")
+	p.running.Store("x", &probe{done: look.(*probe).done}) // it has hung for long by now
 	if err := p.run(t.Context(), "x", func() error { return nil }); codeOf(err) != codes.Unavailable {
 		t.Fatalf("second look: %v", err)
 	}
@@ -107,6 +110,41 @@ func TestProbesAreBounded(t *testing.T) {
 		t.Fatalf("another look: %v", err)
 	}
 	close(hang)
+}
+
+// A waitedFor context tells when somebody waits for its end.
+type waitedFor struct {
+	context.Context
+	waits func()
+}
+
+func (c waitedFor) Done() <-chan struct{} {
+	c.waits()
+	return c.Context.Done()
+}
+
+// TestProbesTakeTurns: of two who look at the same thing, both see it.
+func TestProbesTakeTurns(t *testing.T) {
+	var p probes
+	waits, second := make(chan bool), make(chan error, 1)
+	err := p.run(t.Context(), "x", func() error {
+		go func() { // ends with the second look
+			ctx := waitedFor{t.Context(), sync.OnceFunc(func() { close(waits) })}
+			second <- p.run(ctx, "x", func() error { return nil })
+		}()
+		select {
+		case <-waits:
+			return nil
+		case err := <-second:
+			return fmt.Errorf("the second does not wait: %w", err)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
 }
 
 // TestSecretsAreNotLogged: neither what CSI calls secret nor the tokens of

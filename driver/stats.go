@@ -16,25 +16,46 @@ import (
 const probeTimeout = 5 * time.Second
 
 // probes runs looks at filesystems that may never return, one at a time for each key.
-type probes struct{ running sync.Map }
+type probes struct{ running sync.Map } // *probe by key
 
-// run runs fn and waits for it, at most probeTimeout. A look that has not
-// returned is not started again.
+// A probe is a look under way.
+type probe struct {
+	begun time.Time
+	done  chan struct{} // closed when it has returned
+}
+
+// run runs fn and waits for it, at most probeTimeout; first, for an earlier look.
+// One that has taken that long already is not waited for.
 func (p *probes) run(ctx context.Context, key string, fn func() error) error {
-	if _, hung := p.running.LoadOrStore(key, true); hung {
-		return fmt.Errorf("%w: %s: an earlier call has not returned", errUnavailable, key)
+	mine := &probe{time.Now(), make(chan struct{})}
+	for {
+		other, busy := p.running.LoadOrStore(key, mine)
+		if !busy {
+			break
+		}
+		if err := other.(*probe).wait(ctx, key); err != nil {
+			return err
+		}
 	}
-	done := make(chan error, 1)
+	var err error
 	go func() { // ends when the kernel answers
-		err := fn()
+		err = fn()
 		p.running.Delete(key)
-		done <- err
+		close(mine.done)
 	}()
-	timeout := time.NewTimer(probeTimeout)
+	if waitErr := mine.wait(ctx, key); waitErr != nil {
+		return waitErr
+	}
+	return err
+}
+
+// wait waits for the end of a look, until probeTimeout after its begin.
+func (p *probe) wait(ctx context.Context, key string) error {
+	timeout := time.NewTimer(time.Until(p.begun.Add(probeTimeout)))
 	defer timeout.Stop()
 	select {
-	case err := <-done:
-		return err
+	case <-p.done:
+		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-timeout.C:
