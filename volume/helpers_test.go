@@ -186,17 +186,21 @@ func reap(t *testing.T, p *Pool) {
 	}
 }
 
-// files lists what is in a pool beyond its own files, relative to it.
+// files lists what is in a pool beyond its own files, relative to it. Others may remove some of it meanwhile.
 func files(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string
 	for _, top := range []string{volumesDir, incomingDir, groupsDir} {
 		err := filepath.WalkDir(filepath.Join(dir, top), func(path string, d os.DirEntry, err error) error {
-			if err == nil && path != filepath.Join(dir, top) {
-				rel, _ := filepath.Rel(dir, path)
-				all = append(all, rel)
+			rel, _ := filepath.Rel(dir, path)
+			if rel == top {
+				return err
 			}
-			return err
+			if !errors.Is(err, os.ErrNotExist) { // the reaper may be at work
+				all = append(all, rel)
+				return err
+			}
+			return nil
 		})
 		if err != nil {
 			t.Fatal(err)
