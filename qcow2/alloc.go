@@ -353,7 +353,11 @@ func (im *Image) allocContiguous(n int64) (hostCluster, error) {
 	if err := im.addRefcounts(first, n, 1); err != nil {
 		return 0, err
 	}
-	return first, im.extendFile(int64(im.geo.hostOffset(first)) + n*im.geo.clusterSize)
+	if err := im.extendFile(int64(im.geo.hostOffset(first)) + n*im.geo.clusterSize); err != nil {
+		im.free(first, n)
+		return 0, err
+	}
+	return first, nil
 }
 
 // reserveTail moves the tail past n clusters that no refcount block counts as

@@ -79,3 +79,33 @@ func TestHostFileBeyondItsOffsets(t *testing.T) {
 		t.Errorf("WriteAt with room below: %v", err)
 	}
 }
+
+// TestRefcountTableGrowsToItsLimit grows a refcount table that is more than two
+// thirds of the largest.
+func TestRefcountTableGrowsToItsLimit(t *testing.T) {
+	const most = maxReftableBytes / entryBytes
+	im := sparseImage(t, 512, 1<<20)
+	a, g := &im.allocator, &im.geo
+	allocAt := func(table hostCluster) error {
+		if err := im.returnAhead(); err != nil {
+			t.Fatal(err)
+		}
+		a.freed, a.tail = nil, table<<g.refblockBits
+		c, n, _, err := im.alloc(1)
+		if err == nil {
+			im.free(c, n)
+		}
+		return err
+	}
+	for _, table := range []hostCluster{most * 3 / 4, most - 100} {
+		if err := allocAt(table); err != nil {
+			t.Errorf("a cluster of refcount block %d: %v", table, err)
+		}
+	}
+	if n := len(a.table()); n != most {
+		t.Errorf("the refcount table has %d entries, want %d", n, most)
+	}
+	if err := allocAt(most); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("beyond the largest table: %v, want ErrTooLarge", err)
+	}
+}

@@ -96,7 +96,7 @@ func (im *Image) growReftable(table int) error {
 	old, oldOff := a.table(), a.reftableOff
 	a.mu.Unlock()
 
-	entries := int64(max(table+2, len(old)+len(old)/2))
+	entries := int64(max(table+2, min(len(old)+len(old)/2, maxReftableBytes/entryBytes)))
 	clusters := g.clusters(entries * entryBytes)
 	if clusters*g.clusterSize > maxReftableBytes {
 		return fmt.Errorf("%w: the refcount table would pass %d bytes; a larger cluster size avoids it", ErrTooLarge, maxReftableBytes)

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"syscall"
 	"testing"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -43,5 +45,17 @@ func TestResizeShowsNothingOld(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestResizeThatCannotGrowTheFile fails where the new L1 table has its refcounts.
+func TestResizeThatCannotGrowTheFile(t *testing.T) {
+	d := newDisk(t, 1<<20, qcow2.CreateOptions{})
+	im := useDisk(t, d, qcow2.Options{})
+	d.Inject(&storagetest.Fault{Ops: storagetest.OpTruncate, N: 1, Err: syscall.EFBIG})
+	wantErrorIs(t, im.Resize(t.Context(), 8<<40), syscall.EFBIG)
+	checkClean(t, im, true)
+	if err := im.Resize(t.Context(), 8<<40); err != nil {
+		t.Error(err)
 	}
 }
