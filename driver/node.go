@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
@@ -43,7 +44,8 @@ func (d *Driver) at(id, path string) (*stagedVolume, error) {
 	}
 	v := d.stagedVolume(id)
 	if v != nil {
-		if _, published := v.hint.Targets[path]; published || v.hint.StagingPath == path {
+		clean := filepath.Clean(path)
+		if _, published := v.hint.Targets[clean]; published || v.hint.StagingPath == clean {
 			return v, nil
 		}
 	}

@@ -396,3 +396,34 @@ func TestHintsThatDoNotCount(t *testing.T) {
 	mustCycle(t, r, id, mountCap(""))
 	r.wantClean()
 }
+
+// TestPathsWithASlashBehind: they name what they name without it, in every call.
+func TestPathsWithASlashBehind(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	for i := range 2 { // the second time there is nothing to do
+		stage := r.stageRequest(id, mountCap(""))
+		stage.StagingTargetPath += "/"
+		if _, err := r.NodeStageVolume(t.Context(), stage); err != nil {
+			t.Fatalf("stage %d: %v", i, err)
+		}
+	}
+	if err := r.publish(id, mountCap("")); err != nil {
+		t.Fatal(err)
+	}
+	publish := r.publishRequest(id, mountCap(""))
+	publish.TargetPath += "/"
+	if _, err := r.NodePublishVolume(t.Context(), publish); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: publish.TargetPath}); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: publish.TargetPath}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: r.path("staging") + "/"}); err != nil {
+		t.Fatal(err)
+	}
+	r.wantClean()
+}

@@ -29,7 +29,7 @@ func (s nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishV
 		}
 		v := s.stagedVolume(req.GetVolumeId())
 		switch {
-		case v == nil || req.GetStagingTargetPath() == "" || v.hint.StagingPath != req.GetStagingTargetPath():
+		case v == nil || req.GetStagingTargetPath() == "" || v.hint.StagingPath != filepath.Clean(req.GetStagingTargetPath()):
 			return nil, fmt.Errorf("%w: volume %s is not staged at %q", errPrecondition, req.GetVolumeId(), req.GetStagingTargetPath())
 		case v.hint.Block != block:
 			return nil, fmt.Errorf("%w: volume %s is staged with another access type", errPrecondition, req.GetVolumeId())
@@ -41,7 +41,7 @@ func (s nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishV
 		if loss != nil {
 			return nil, fmt.Errorf("%w: volume %s: %w", errPrecondition, req.GetVolumeId(), loss)
 		}
-		return &csi.NodePublishVolumeResponse{}, s.publish(v, req.GetTargetPath(), want)
+		return &csi.NodePublishVolumeResponse{}, s.publish(v, filepath.Clean(req.GetTargetPath()), want)
 	})
 }
 
@@ -154,18 +154,19 @@ func (s nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpubl
 	if err := firstOf(required("volume_id", req.GetVolumeId()), checkPath("target_path", req.GetTargetPath())); err != nil {
 		return nil, err
 	}
+	path := filepath.Clean(req.GetTargetPath())
 	return change(ctx, s.Driver, req.GetVolumeId(), func(context.Context) (*csi.NodeUnpublishVolumeResponse, error) {
 		resp := &csi.NodeUnpublishVolumeResponse{}
 		if v := s.stagedVolume(req.GetVolumeId()); v != nil {
-			return resp, s.unpublish(v, req.GetTargetPath())
+			return resp, s.unpublish(v, path)
 		}
-		if err := s.unmountUnknown(req.GetVolumeId(), req.GetTargetPath()); err != nil {
+		if err := s.unmountUnknown(req.GetVolumeId(), path); err != nil {
 			return nil, err
 		}
 		if _, err := s.pools.of(req.GetVolumeId()); err != nil {
 			return resp, nil // nothing of ours is there
 		}
-		return resp, removeTarget(req.GetTargetPath())
+		return resp, removeTarget(path)
 	})
 }
 

@@ -260,7 +260,7 @@ func TestMissingArguments(t *testing.T) {
 	if err := os.Symlink("/etc", link); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{"", "relative", "/a/../b", "/a//b", "/", link, "/" + strings.Repeat("x", 4096), "/a\x01"} {
+	for _, path := range []string{"", "relative", "/a/../b", "/a//b", "/", link, link + "/", "/" + strings.Repeat("x", 4096), "/a\x01"} {
 		for what, call := range map[string]func() error{
 			"stage": func() error {
 				_, err := r.NodeStageVolume(t.Context(), &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: path, VolumeCapability: mountCap("")})

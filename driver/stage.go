@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -25,7 +26,7 @@ func (s nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolum
 	}
 	want := stageHint{
 		Volume:      req.GetVolumeId(),
-		StagingPath: req.GetStagingTargetPath(),
+		StagingPath: filepath.Clean(req.GetStagingTargetPath()),
 		Block:       req.GetVolumeCapability().GetBlock() != nil,
 		Mode:        req.GetVolumeCapability().GetAccessMode().GetMode().String(),
 		FSType:      req.GetVolumeCapability().GetMount().GetFsType(),
@@ -219,7 +220,7 @@ func (s nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageV
 		return nil, err
 	}
 	return change(ctx, s.Driver, req.GetVolumeId(), func(ctx context.Context) (*csi.NodeUnstageVolumeResponse, error) {
-		return &csi.NodeUnstageVolumeResponse{}, s.unstage(ctx, req.GetVolumeId(), req.GetStagingTargetPath())
+		return &csi.NodeUnstageVolumeResponse{}, s.unstage(ctx, req.GetVolumeId(), filepath.Clean(req.GetStagingTargetPath()))
 	})
 }
 

@@ -142,7 +142,8 @@ func required(name, value string) error {
 	return nil
 }
 
-// checkPath refuses what is no clean absolute path, or leads to a symbolic link.
+// checkPath refuses what is no clean absolute path, or leads to a symbolic link. A
+// slash may follow; filepath.Clean takes it off.
 func checkPath(name, path string) error {
 	if err := required(name, path); err != nil {
 		return err
@@ -150,7 +151,7 @@ func checkPath(name, path string) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != strings.TrimSuffix(path, "/") || path == "/" {
 		return fmt.Errorf("%w: %s %q is not a clean absolute path", errInvalid, name, path)
 	}
-	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSymlink != 0 {
+	if info, err := os.Lstat(filepath.Clean(path)); err == nil && info.Mode()&os.ModeSymlink != 0 {
 		return fmt.Errorf("%w: %s %q is a symbolic link", errInvalid, name, path)
 	}
 	return nil
