@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -136,11 +137,9 @@ func heapLimit(most, reserved int64) int64 {
 // memoryMax returns how much memory the process may use, in bytes: the limit of its control group, else a
 // quarter of the machine's.
 func memoryMax() int64 {
-	for _, path := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
-		if b, err := os.ReadFile(path); err == nil {
-			if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil && n < 1<<50 {
-				return n
-			}
+	if groups, err := os.ReadFile("/proc/self/cgroup"); err == nil {
+		if n, limited := groupMax("/sys/fs/cgroup", string(groups)); limited {
+			return n
 		}
 	}
 	var info unix.Sysinfo_t
@@ -148,4 +147,36 @@ func memoryMax() int64 {
 		return 0
 	}
 	return int64(info.Totalram) * int64(info.Unit) / 4
+}
+
+// groupMax returns the least limit of memory of a process's control groups and those around them. root is
+// where they are mounted, groups what /proc/PID/cgroup says. A privileged container sees the host's groups,
+// its own far below root; another container sees its own as root.
+func groupMax(root, groups string) (least int64, limited bool) {
+	for line := range strings.Lines(groups) {
+		// ID:CONTROLLERS:PATH, of version 2 0::PATH
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		dir, file := root, "memory.max"
+		if fields[1] != "" {
+			if !slices.Contains(strings.Split(fields[1], ","), "memory") {
+				continue
+			}
+			dir, file = filepath.Join(root, "memory"), "memory.limit_in_bytes"
+		}
+		for path := filepath.Clean("/" + fields[2]); ; path = filepath.Dir(path) {
+			if b, err := os.ReadFile(filepath.Join(dir, path, file)); err == nil {
+				n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64) // or "max"
+				if err == nil && n < 1<<50 && (!limited || n < least) {
+					least, limited = n, true
+				}
+			}
+			if path == "/" {
+				break
+			}
+		}
+	}
+	return least, limited
 }
