@@ -237,9 +237,7 @@ func (im *Image) SetBacking(ctx context.Context, name, format string) error {
 	if err := im.writeHeader(0, cluster); err != nil {
 		return err
 	}
-	im.hdrMu.Lock()
-	im.hdr = &h
-	im.hdrMu.Unlock()
+	im.setBackingFields(&h)
 	return nil
 }
 
@@ -249,9 +247,15 @@ func (im *Image) writeNoBacking() error {
 	if err := im.writeHeader(hdrOffBackingFile, make([]byte, 12)); err != nil {
 		return err
 	}
-	im.hdrMu.Lock()
-	h := im.hdr // changed, not replaced: requests look at other fields
-	h.backingName, h.backingFormat, h.backingOffset, h.backingSize = "", "", 0, 0
-	im.hdrMu.Unlock()
+	im.setBackingFields(&header{})
 	return nil
+}
+
+// setBackingFields takes over what h says of the backing file. The header in memory
+// is changed, not replaced: requests look at other fields.
+func (im *Image) setBackingFields(h *header) {
+	im.hdrMu.Lock()
+	defer im.hdrMu.Unlock()
+	im.hdr.backingName, im.hdr.backingFormat = h.backingName, h.backingFormat
+	im.hdr.backingOffset, im.hdr.backingSize = h.backingOffset, h.backingSize
 }
