@@ -22,6 +22,7 @@ const (
 	reasonPoolFull      = "PoolFull"
 	reasonWritesPaused  = "WritesPaused" // writes wait for space in the pool
 	reasonPoolUnread    = "PoolUnreachable"
+	reasonPoolReadOnly  = "PoolReadOnly"
 	reasonUnprotected   = "ProcessUnprotected" // the node process may hang when memory is short
 )
 
@@ -169,16 +170,29 @@ func (s nodeServer) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStor
 	}
 	for _, pool := range s.pools.all() {
 		c, err := s.poolCapacity(ctx, pool)
-		switch {
-		case err != nil:
-			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-				Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: reasonPoolUnread,
-				Message: fmt.Sprintf("pool %q: %v", pool.Path(), err)})
-		case c.Available < c.Total/100*poolLowPercent || pool.Level(c) > volume.LevelOK:
-			resp.BackendHealth = append(resp.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-				Status: csi.StorageHealthErrorType_STORAGE_DEGRADED, Reason: reasonPoolFull,
-				Message: fmt.Sprintf("pool %q has %d of %d bytes left%s", pool.Path(), c.Available, c.Total, consequence(pool, pool.Level(c)))})
+		if h := poolHealth(pool, c, err); h != nil {
+			resp.BackendHealth = append(resp.BackendHealth, h)
 		}
 	}
 	return resp, nil
+}
+
+// poolHealth says what is wrong with pool, which has the capacity c, or cannot be
+// asked for err; nil for nothing.
+func poolHealth(pool *volume.Pool, c volume.Capacity, err error) *csi.NodeGetStorageHealthResponse_StorageBackendHealth {
+	h := &csi.NodeGetStorageHealthResponse_StorageBackendHealth{Status: csi.StorageHealthErrorType_STORAGE_DEGRADED}
+	switch {
+	case err != nil:
+		h.Status, h.Reason = csi.StorageHealthErrorType_STORAGE_UNREACHABLE, reasonPoolUnread
+		h.Message = fmt.Sprintf("pool %q: %v", pool.Path(), err)
+	case c.ReadOnly:
+		h.Reason = reasonPoolReadOnly
+		h.Message = fmt.Sprintf("the file system of pool %q is read-only: look why in the kernel's log, mend it and mount it for writing", pool.Path())
+	case c.Available < c.Total/100*poolLowPercent || pool.Level(c) > volume.LevelOK:
+		h.Reason = reasonPoolFull
+		h.Message = fmt.Sprintf("pool %q has %d of %d bytes left%s", pool.Path(), c.Available, c.Total, consequence(pool, pool.Level(c)))
+	default:
+		return nil
+	}
+	return h
 }

@@ -30,3 +30,17 @@ func TestFullPoolIsTold(t *testing.T) {
 	}
 	r.volume("w", nil) // RefuseAt sets no bound
 }
+
+// TestReadOnlyPoolIsTold: also when there is room in it, and no more when it is mended.
+func TestReadOnlyPoolIsTold(t *testing.T) {
+	r := newRig(t)
+	c := volume.Capacity{Total: 1 << 30, Available: 1 << 29, ReadOnly: true}
+	h := poolHealth(r.pool, c, nil)
+	if h.GetReason() != reasonPoolReadOnly || !strings.Contains(h.GetMessage(), r.pool.Path()) {
+		t.Errorf("health: %v", h)
+	}
+	c.ReadOnly = false
+	if h := poolHealth(r.pool, c, nil); h != nil {
+		t.Errorf("health of a good pool: %v", h)
+	}
+}

@@ -128,7 +128,7 @@ func (p *Pool) Overcommit() float64 { return p.guard.opts.Overcommit }
 // Room returns how large a new volume may be, in a pool of capacity c.
 func (p *Pool) Room(c Capacity) int64 {
 	g := &p.guard
-	if g.opts.level(c) >= LevelRefuse {
+	if c.ReadOnly || g.opts.level(c) >= LevelRefuse {
 		return 0
 	}
 	if g.opts.Overcommit == 0 {
@@ -175,12 +175,12 @@ func (p *Pool) provisioned() int64 {
 // caller calls kept when the volume is in the index, or will not be.
 func (p *Pool) promise(n int64) (kept func(), err error) {
 	g := &p.guard
-	if g.opts.Overcommit == 0 && g.opts.RefuseAt == 0 {
-		return func() {}, nil
-	}
 	c, err := p.Capacity()
 	if err != nil {
 		return nil, err
+	}
+	if c.ReadOnly {
+		return nil, fmt.Errorf("%w: the file system of %q is read-only; look why in the kernel's log, mend it and mount it for writing", ErrNoSpace, p.path)
 	}
 	if g.opts.level(c) >= LevelRefuse {
 		return nil, fmt.Errorf("%w: %d of %d bytes are left in %q, which takes no new volumes from %g %% use on; free space or add some",

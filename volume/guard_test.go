@@ -5,11 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"csi-qcow2/qcow2"
 )
@@ -350,5 +354,29 @@ func TestReservationLeavesRoom(t *testing.T) {
 	}
 	if level := p.Level(capacityOf(t, p)); level >= LevelStop {
 		t.Errorf("the pool is at level %d after a reservation", level)
+	}
+}
+
+// A pool whose file system takes no writes has no room, and says why.
+func TestReadOnlyPool(t *testing.T) {
+	dir := newFilesystem(t, "xfs")
+	p := openPool(t, dir, Options{})
+	defer p.Close()
+	if err := p.unlock(); err != nil { // it is open for writing
+		t.Fatal(err)
+	}
+	p.lock = nil
+	if c := capacityOf(t, p); c.ReadOnly || p.Room(c) == 0 {
+		t.Fatalf("%+v before", c)
+	}
+	if err := unix.Mount("", filepath.Dir(dir), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	if c := capacityOf(t, p); !c.ReadOnly || p.Room(c) != 0 {
+		t.Errorf("%+v, room for %d bytes", c, p.Room(c))
+	}
+	_, err := p.Create(t.Context(), sized("v", 1<<20))
+	if !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), "read-only") || !strings.Contains(err.Error(), dir) {
+		t.Errorf("create: %v", err)
 	}
 }

@@ -353,7 +353,10 @@ func (p *Pool) SetFilesystem(id string, f Filesystem) error {
 }
 
 // A Capacity says how much room a pool has, in bytes.
-type Capacity struct{ Total, Available int64 }
+type Capacity struct {
+	Total, Available int64
+	ReadOnly         bool // nothing can be written, as after an error of the file system
+}
 
 // Capacity asks the host file system.
 func (p *Pool) Capacity() (Capacity, error) {
@@ -361,7 +364,7 @@ func (p *Pool) Capacity() (Capacity, error) {
 	if err := unix.Fstatfs(p.dir.Fd(), &st); err != nil {
 		return Capacity{}, &fs.PathError{Op: "statfs", Path: p.path, Err: err}
 	}
-	return Capacity{Total: scale(st.Blocks, st.Bsize), Available: scale(st.Bavail, st.Bsize)}, nil
+	return Capacity{Total: scale(st.Blocks, st.Bsize), Available: scale(st.Bavail, st.Bsize), ReadOnly: st.Flags&unix.ST_RDONLY != 0}, nil
 }
 
 // scale multiplies without overflow: some file systems claim 2^63 blocks.
