@@ -182,6 +182,9 @@ func (p *Pool) promise(n int64) (kept func(), err error) {
 	if c.ReadOnly {
 		return nil, fmt.Errorf("%w: the file system of %q is read-only; look why in the kernel's log, mend it and mount it for writing", ErrNoSpace, p.path)
 	}
+	if g.opts.Overcommit == 0 && g.opts.RefuseAt == 0 {
+		return func() {}, nil
+	}
 	if g.opts.level(c) >= LevelRefuse {
 		return nil, fmt.Errorf("%w: %d of %d bytes are left in %q, which takes no new volumes from %g %% use on; free space or add some",
 			ErrNoSpace, c.Available, c.Total, p.path, 100*g.opts.RefuseAt)
