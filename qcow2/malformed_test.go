@@ -387,6 +387,32 @@ func TestMalformedFreeMetadata(t *testing.T) {
 	}
 }
 
+// TestMalformedEntryFreesMetadata discards a cluster, and deletes a snapshot, whose
+// entry names a table: the table stays.
+func TestMalformedEntryFreesMetadata(t *testing.T) {
+	good, l := goodImage(t, qcow2.CreateOptions{})
+	const guest = 9 * malformedCluster // unallocated
+	snapshotL2 := get(t, good, l.snapshotL1, 8) & 0x00fffffffffffe00
+	for name, off := range map[string]int64{"Reftable": l.reftable, "Refblock": l.refblock, "L1": l.l1} {
+		for by, l2 := range map[string]int64{"Discard": l.l2, "DeleteSnapshot": snapshotL2} {
+			t.Run(name+"/"+by, func(t *testing.T) {
+				d := good.Clone()
+				put(d, l2+guest/malformedCluster*8, 8, uint64(off)|1<<63)
+				im := openDisk(t, d, qcow2.Options{PassDiscard: true})
+				defer im.Close()
+				if by == "DeleteSnapshot" {
+					wantErrorIs(t, im.DeleteSnapshot(t.Context(), "s"), qcow2.ErrCorrupt)
+				} else if err := errors.Join(im.Discard(guest, malformedCluster), im.Flush()); err != nil {
+					t.Error(err)
+				}
+				if get(t, d, off, 8) == 0 { // a table that is there begins with an entry
+					t.Error("the table was punched out")
+				}
+			})
+		}
+	}
+}
+
 // TestMalformedVersion2ZeroFlag refuses the zero flag, which version 2 reserves.
 func TestMalformedVersion2ZeroFlag(t *testing.T) {
 	good, l := goodImage(t, qcow2.CreateOptions{Version: 2})

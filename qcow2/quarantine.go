@@ -174,6 +174,11 @@ func (im *Image) reclaimRun(item quarantined) error {
 			return err
 		}
 		last := count == 1
+		if last { // in a broken image what is freed may be a table
+			if err := im.checkUnguarded("cluster that is freed", g.hostOffset(item.first), n*g.clusterSize); err != nil {
+				return err
+			}
+		}
 		if last && im.packer.forget(g, item.first, n) {
 			continue // more compressed data may have been put there since the look
 		}
