@@ -138,7 +138,7 @@ var rules = []rule{
 				hold(!ptr.Deref(s.AttachRequired, true), "attachRequired: there is no attacher"),
 				hold(ptr.Deref(s.FSGroupPolicy, "") == storagev1.FileFSGroupPolicy, "fsGroupPolicy"),
 				hold(ptr.Deref(s.StorageCapacity, false), "storageCapacity"),
-				hold(ptr.Deref(s.SELinuxMount, false), "seLinuxMount"),
+				hold(!ptr.Deref(s.SELinuxMount, false), "seLinuxMount: kubelet would pass -o context, which the driver refuses"),
 				hold(!ptr.Deref(s.PodInfoOnMount, true), "podInfoOnMount: nothing reads it"),
 				hold(slices.Equal(s.VolumeLifecycleModes, []storagev1.VolumeLifecycleMode{storagev1.VolumeLifecyclePersistent}), "volumeLifecycleModes: inline volumes bypass the class"),
 				hold(len(s.TokenRequests) == 0, "tokenRequests: nothing uses one"),
