@@ -85,7 +85,9 @@ func (d *Driver) healthOf(pool *volume.Pool, id string) (*csi.VolumeHealth, erro
 				Message: fmt.Sprintf("writes wait for space in pool %q", pool.Path()),
 			})
 		}
-		if loss := d.lossOf(v); loss != nil {
+		if loss := d.lossOf(v); errors.Is(loss, errAttaching) {
+			return h, nil
+		} else if loss != nil {
 			e := &csi.VolumeHealth_VolumeHealthEntry{
 				Status: csi.VolumeHealthErrorType_INACCESSIBLE, Reason: reasonDeviceLost,
 				Message: fmt.Sprintf("device %s: %v", v.hint.Device, loss),

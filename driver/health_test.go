@@ -1,11 +1,15 @@
 package driver
 
 import (
+	"context"
 	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
 
+	"csi-qcow2/nbdexport"
 	"csi-qcow2/volume"
 )
 
@@ -42,5 +46,46 @@ func TestReadOnlyPoolIsTold(t *testing.T) {
 	c.ReadOnly = false
 	if h := poolHealth(r.pool, c, nil); h != nil {
 		t.Errorf("health of a good pool: %v", h)
+	}
+}
+
+// An attachHook calls during before it attaches.
+type attachHook struct {
+	Attacher
+	during func()
+}
+
+func (a attachHook) Attach(ctx context.Context, b nbdexport.Backend, o nbdexport.DeviceOptions) (nbdexport.Device, error) {
+	a.during()
+	return a.Attacher.Attach(ctx, b, o)
+}
+
+// TestLookingAtAVolumeThatIsBeingStaged: it is well, and has no figures yet.
+func TestLookingAtAVolumeThatIsBeingStaged(t *testing.T) {
+	r := newRig(t)
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(r.driver.Metrics())
+	attacher := r.driver.opts.Attacher
+	for name, c := range map[string]*csi.VolumeCapability{"mount": mountCap(""), "block": blockCap()} {
+		id := r.volume(name, nil)
+		looked := false
+		r.driver.opts.Attacher = attachHook{attacher, func() {
+			looked = true
+			h, err := r.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+			if err != nil || len(h.GetVolumeHealth().GetHealthStatuses()) > 0 {
+				t.Errorf("%s: health: %v, %v", name, h, err)
+			}
+			_, err = r.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: r.path("staging")})
+			wantCode(t, name+": stats", err, codes.Unavailable)
+			if _, err := registry.Gather(); err != nil {
+				t.Errorf("%s: metrics: %v", name, err)
+			}
+		}}
+		if err := r.stage(id, c); err != nil || !looked {
+			t.Errorf("%s: stage: %v, looked: %v", name, err, looked)
+		}
+		if err := r.unstage(id); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 // Why a staged volume has no device.
 var (
 	errReturning = fmt.Errorf("%w: its device waits for this process to take it over", errUnavailable)
+	errAttaching = fmt.Errorf("%w: it is being staged", errUnavailable)
 	errLost      = errors.New("its device was served by a process that has ended; stage it again")
 	errCacheLost = errors.New("what was written and not flushed was lost with the cache of a process that has ended; stage it again")
 )

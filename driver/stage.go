@@ -87,7 +87,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	}
 	want.BootID, want.Cache = boot, d.opts.CacheID
 	want.Generation = max(want.Generation+1, time.Now().UnixMilli())
-	v := &stagedVolume{hint: want}
+	v := &stagedVolume{hint: want, loss: errAttaching} // for those who look without the volume's lock
 	disk, err := pool.Open(ctx, want.Volume)
 	if err != nil {
 		return nil, err
