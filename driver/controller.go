@@ -94,6 +94,9 @@ func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolum
 		return nil, fmt.Errorf("%w: mutable_parameters are not supported", errInvalid)
 	}
 	pool, params, err := s.parseParameters(req.GetParameters())
+	if errors.Is(err, errNoPool) && len(req.GetAccessibilityRequirements().GetRequisite()) > 0 {
+		return nil, fmt.Errorf("%w: %w", errTopology, err) // another node may have it
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -302,6 +305,9 @@ func (s controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacityR
 		return &csi.GetCapacityResponse{}, nil
 	}
 	pool, _, err := s.parseParameters(req.GetParameters())
+	if errors.Is(err, errNoPool) {
+		return &csi.GetCapacityResponse{}, nil // another node may have it
+	}
 	if err != nil {
 		return nil, err
 	}

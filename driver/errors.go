@@ -19,6 +19,8 @@ var (
 	errPrecondition = errors.New("not possible in this state")
 	errIncompatible = errors.New("exists with other arguments")
 	errTopology     = errors.New("not accessible from this node")
+	errLimit        = errors.New("too many volumes")
+	errNoPool       = errors.New("no such pool")
 	errUnavailable  = errors.New("unavailable")
 	errNotHere      = errors.New("not found")
 	errRange        = errors.New("size out of range")
@@ -42,6 +44,8 @@ var codeTable = []struct {
 	{errPrecondition, codes.FailedPrecondition},
 	{errIncompatible, codes.AlreadyExists},
 	{errTopology, codes.ResourceExhausted},
+	{errLimit, codes.ResourceExhausted},
+	{errNoPool, codes.InvalidArgument}, // see also CreateVolume
 	{errUnavailable, codes.Unavailable},
 	{errNotHere, codes.NotFound},
 	{errRange, codes.OutOfRange},

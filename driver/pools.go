@@ -43,7 +43,7 @@ func (p pools) named(name string, given bool) (*volume.Pool, error) {
 	if pool := p.byName[name]; pool != nil {
 		return pool, nil
 	}
-	return nil, fmt.Errorf("%w: parameter pool=%q: this node has %s", errInvalid, name, strings.Join(p.names, ", "))
+	return nil, fmt.Errorf("%w: parameter pool=%q: this node has %s", errNoPool, name, strings.Join(p.names, ", "))
 }
 
 // of returns the pool of the ID of a volume, snapshot or group snapshot. What is not an ID of ours is

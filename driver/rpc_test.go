@@ -99,6 +99,9 @@ func TestCreateVolumeArguments(t *testing.T) {
 			q.Name, q.VolumeContentSource = "restored", fromSnap(snap.GetSnapshot().GetSnapshotId())
 		}, codes.OK},
 		{"this node", func(q *csi.CreateVolumeRequest) { q.Name, q.AccessibilityRequirements = "here", topology("node-1") }, codes.OK},
+		{"pool of another node", func(q *csi.CreateVolumeRequest) {
+			q.Parameters, q.AccessibilityRequirements = map[string]string{"pool": "elsewhere"}, topology("node-1")
+		}, codes.ResourceExhausted},
 		{"another node", func(q *csi.CreateVolumeRequest) { q.Name, q.AccessibilityRequirements = "there", topology("node-2") }, codes.ResourceExhausted},
 	} {
 		req := &csi.CreateVolumeRequest{Name: "v", VolumeCapabilities: caps(mountCap("ext4")), CapacityRange: &csi.CapacityRange{RequiredBytes: 4 << 20}}
@@ -385,6 +388,7 @@ func TestGetCapacity(t *testing.T) {
 	}{
 		{&csi.GetCapacityRequest{}, false, codes.OK},
 		{&csi.GetCapacityRequest{Parameters: map[string]string{"pool": "default"}}, false, codes.OK},
+		{&csi.GetCapacityRequest{Parameters: map[string]string{"pool": "elsewhere"}}, true, codes.OK},
 		{&csi.GetCapacityRequest{Parameters: map[string]string{"x": "y"}}, true, codes.InvalidArgument},
 		{&csi.GetCapacityRequest{VolumeCapabilities: caps(mountCap("vfat"))}, true, codes.OK},
 		{&csi.GetCapacityRequest{AccessibleTopology: &csi.Topology{Segments: map[string]string{"topology.csi-qcow2.dev/node": "node-1"}}}, false, codes.OK},

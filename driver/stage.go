@@ -136,7 +136,7 @@ func (d *Driver) checkLimit() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.opts.MaxVolumes > 0 && int64(len(d.staged)) >= d.opts.MaxVolumes {
-		return fmt.Errorf("%w: %d volumes are staged, the limit of this node", errTopology, len(d.staged))
+		return fmt.Errorf("%w: %d are staged, which is the limit of node %s (--max-volumes)", errLimit, len(d.staged), d.opts.NodeID)
 	}
 	return nil
 }
