@@ -309,9 +309,17 @@ func (k fakeHost) Check(_ context.Context, _, device string) error {
 
 func (k fakeHost) GrowsMounted(string) bool { return k.grows }
 
-func (k fakeHost) Grow(context.Context, string, string, string) error { return k.step("grow") }
-func (k fakeHost) Sync(string) error                                  { return nil }
-func (k fakeHost) ReadEnds(string) error                              { return k.readEnds }
+func (k fakeHost) Grow(_ context.Context, _, _, mountpoint string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if mounts := k.mounts[mountpoint]; len(mounts) > 0 && mounts[len(mounts)-1].ReadOnly {
+		return unix.EROFS // as of a filesystem that is smaller than its device
+	}
+	return k.stepLocked()
+}
+
+func (k fakeHost) Sync(string) error     { return nil }
+func (k fakeHost) ReadEnds(string) error { return k.readEnds }
 
 func (k fakeHost) Freeze(_ context.Context, path string, device uint64, _ time.Duration, _ string) (Frozen, error) {
 	k.mu.Lock()

@@ -86,7 +86,7 @@ func (d *Driver) growStaged(ctx context.Context, v *stagedVolume, size int64) er
 			return err
 		}
 	}
-	if v.hint.Block || v.hint.readOnly() {
+	if v.hint.Block || v.hint.mountsReadOnly() {
 		return nil
 	}
 	mounts, err := d.opts.Host.Mounts(v.hint.StagingPath)

@@ -427,3 +427,25 @@ func TestPathsWithASlashBehind(t *testing.T) {
 	}
 	r.wantClean()
 }
+
+// TestReadOnlyMountDoesNotGrow: a volume that is larger than its filesystem, and whose
+// mount options say "ro", is staged and expanded all the same.
+func TestReadOnlyMountDoesNotGrow(t *testing.T) {
+	for _, grows := range []bool{true, false} {
+		r := newRig(t)
+		r.kernel.grows = grows
+		id := r.volume("v", nil)
+		if err := r.stage(id, mountCap("ext4", "rw", "ro")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: 8 << 20}}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: id, VolumePath: r.path("staging")}); err != nil {
+			t.Error(err)
+		}
+		if err := r.unstage(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

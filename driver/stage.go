@@ -169,7 +169,7 @@ func (d *Driver) mountStaged(ctx context.Context, pool *volume.Pool, vol volume.
 	}
 	// A restore into a larger volume, or an expansion while it was not staged.
 	online := d.opts.Host.GrowsMounted(fstype)
-	if !online && !v.hint.readOnly() {
+	if !online && !v.hint.mountsReadOnly() {
 		if err := d.opts.Host.Grow(ctx, fstype, device, ""); err != nil {
 			return fmt.Errorf("grow the filesystem of volume %s: %w", vol.ID, err)
 		}
@@ -177,7 +177,7 @@ func (d *Driver) mountStaged(ctx context.Context, pool *volume.Pool, vol volume.
 	if err := d.opts.Host.Mount(device, v.hint.StagingPath, fstype, stagingOptions(&v.hint, vol, fstype)); err != nil {
 		return err
 	}
-	if !online || v.hint.readOnly() {
+	if !online || v.hint.mountsReadOnly() {
 		return nil
 	}
 	if err := d.opts.Host.Grow(ctx, fstype, device, v.hint.StagingPath); err != nil {

@@ -58,6 +58,15 @@ func (h *stageHint) readOnly() bool {
 	return h.Mode == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY.String()
 }
 
+// mountsReadOnly reports whether the filesystem is mounted read-only: it cannot grow then.
+func (h *stageHint) mountsReadOnly() bool {
+	readOnly := h.readOnly()
+	for _, flag := range h.Flags { // the last counts
+		readOnly = flag == "ro" || readOnly && flag != "rw"
+	}
+	return readOnly
+}
+
 // same reports whether h and o were asked for in the same way.
 func (h *stageHint) same(o *stageHint) bool {
 	return h.StagingPath == o.StagingPath && h.Block == o.Block && h.Mode == o.Mode &&
