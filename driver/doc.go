@@ -34,6 +34,7 @@
 //	keyLock(volume ID)   held for a whole change
 //	  Driver.mu          the table of staged volumes; never held over a call down
 //	  the locks of packages volume and nbdexport
+//	Driver.thawMu        what is thawed in the background; a leaf, over the removal of a record
 //
 // # Durability / Failure
 //

@@ -76,6 +76,9 @@ type Driver struct {
 	probes probes
 	work   sync.WaitGroup // detached changes
 
+	thawMu  sync.Mutex      // held over the removal of a record of freezing
+	thawing map[string]bool // volumes that are thawed in the background, by ID; guarded by thawMu
+
 	metrics *metrics
 	meters  sync.Map // *meter.Meter of staged volumes, by volume ID
 	usages  sync.Map // qcow2.Usage of staged volumes, by volume ID; see SampleUsage
@@ -103,7 +106,7 @@ func New(ctx context.Context, o Options) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("driver: run directory: %w", err)
 	}
-	d := &Driver{opts: o, pools: pools, runDir: dir, staged: make(map[string]*stagedVolume), metrics: newMetrics()}
+	d := &Driver{opts: o, pools: pools, runDir: dir, staged: make(map[string]*stagedVolume), thawing: make(map[string]bool), metrics: newMetrics()}
 	if err := d.recall(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("driver: %w", err), dir.Close())
 	}

@@ -41,6 +41,7 @@ type kernel struct {
 	freezes   []string          // mount points that were frozen; guarded by mu
 	freezeErr error             // what Freeze returns
 	thawErr   error             // what Thaw returns, after it has thawed
+	leftErr   error             // what ThawLeft returns
 
 	readEnds error // what ReadEnds returns
 	unheld   error // what Survives returns of devices
@@ -337,6 +338,9 @@ func (k fakeHost) ThawLeft(_ context.Context, path string, device uint64, _ stri
 	defer k.mu.Unlock()
 	if frozen, ok := k.frozen[path]; ok && frozen != device {
 		return unix.ENODEV
+	}
+	if k.leftErr != nil {
+		return k.leftErr
 	}
 	delete(k.frozen, path)
 	return nil

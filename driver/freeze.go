@@ -111,8 +111,15 @@ func (d *Driver) freeze(ctx context.Context, id string) (_ *frozenVolume, err er
 	if record == nil || err != nil {
 		return nil, err
 	}
-	if left, err := d.runDir.Exists(freezeName(id)); err != nil || left {
-		return nil, firstOf(err, fmt.Errorf("%w: it is still being thawed from an earlier snapshot", errUnavailable))
+	d.thawMu.Lock()
+	left, err := d.runDir.Exists(freezeName(id))
+	d.thawMu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	if left {
+		d.thawLater(ctx, *record) // the last try may have come to its limit
+		return nil, fmt.Errorf("%w: it is still being thawed from an earlier snapshot", errUnavailable)
 	}
 	if err := d.runDir.Mkdir(freezesDir); err != nil {
 		return nil, err
@@ -195,13 +202,23 @@ func (d *Driver) thaw(ctx context.Context, f *frozenVolume) error {
 // be taken over first.
 const thawLimit = 10 * time.Minute
 
-// thawLater thaws what record names in the background.
+// thawLater thaws what record names in the background, unless that is under way.
 func (d *Driver) thawLater(ctx context.Context, record freezeRecord) {
+	d.thawMu.Lock()
+	running := d.thawing[record.Volume]
+	d.thawing[record.Volume] = true
+	d.thawMu.Unlock()
+	if running {
+		return
+	}
 	log := klog.FromContext(ctx)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), thawLimit)
 	d.work.Go(func() { // ends when the kernel answers, or with ctx
 		defer cancel()
 		err := d.opts.Host.ThawLeft(ctx, record.Path, record.Device, d.freezeLock(record.Volume))
+		d.thawMu.Lock() // who finds no record finds no thaw either
+		defer d.thawMu.Unlock()
+		delete(d.thawing, record.Volume)
 		if err == nil || d.unmounted(record) {
 			err = d.runDir.Remove(freezeName(record.Volume))
 		}

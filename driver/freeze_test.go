@@ -175,3 +175,23 @@ func TestKilledWhileFrozen(t *testing.T) {
 		t.Error("no kill came while the filesystem was frozen")
 	}
 }
+
+// TestThawIsTriedAgain: when the background could not thaw within its time, as
+// while writes wait for space, the next snapshot lets it try again.
+func TestThawIsTriedAgain(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	if err := r.stage(id, mountCap("")); err != nil {
+		t.Fatal(err)
+	}
+	r.kernel.thawErr, r.kernel.leftErr = unix.EIO, unix.ETIMEDOUT
+	wantCode(t, "cannot be thawed", r.snapshot("s", id, ""), codes.Unavailable)
+	r.driver.work.Wait()
+	wantCode(t, "cannot be thawed yet", r.snapshot("s", id, ""), codes.Unavailable)
+	r.driver.work.Wait()
+	r.kernel.thawErr, r.kernel.leftErr = nil, nil
+	wantCode(t, "is being thawed", r.snapshot("s", id, ""), codes.Unavailable)
+	r.wantThawed()
+	r.driver.work.Wait()
+	wantCode(t, "thawed", r.snapshot("s", id, ""), codes.OK)
+}
