@@ -40,7 +40,7 @@ func (s groupServer) CreateVolumeGroupSnapshot(ctx context.Context, req *csi.Cre
 		if err != nil {
 			return nil, err
 		}
-		if all != nil && all != g {
+		if all != nil && all.node != g.node { // the agent of a node may just be replaced
 			return nil, status.Errorf(codes.FailedPrecondition,
 				"volume %s is on node %s and %s on node %s: a group has one moment, and so one node; take a snapshot of each",
 				req.GetSourceVolumeIds()[0], all.node, id, g.node)

@@ -8,12 +8,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/cache"
 
 	"csi-qcow2/driver"
 	"csi-qcow2/internal/pki"
@@ -549,5 +553,34 @@ func TestUnhealthy(t *testing.T) {
 	all, err := c.router.Unhealthy(t.Context())
 	if len(all) != 1 || err == nil || !strings.Contains(err.Error(), "node b") {
 		t.Errorf("with node b down: %v, %v", all, err)
+	}
+}
+
+// A restless index has another Pod for each agent whenever it is looked at.
+type restless struct {
+	cache.Indexer
+	looks atomic.Int64
+}
+
+func (r *restless) Index(name string, like any) ([]any, error) {
+	all, err := r.Indexer.Index(name, like)
+	look := r.looks.Add(1)
+	for i := range all {
+		pod := all[i].(*corev1.Pod).DeepCopy()
+		pod.UID = types.UID(fmt.Sprint(look))
+		all[i] = pod
+	}
+	return all, err
+}
+
+// TestGroupWhileTheAgentIsReplaced: one node stays one node.
+func TestGroupWhileTheAgentIsReplaced(t *testing.T) {
+	c := newCluster(t, "a")
+	ids := []string{c.create("a1", "a"), c.create("a2", "a")}
+	c.pods = &restless{Indexer: c.pods}
+	c.route(c.identity(pki.Controller))
+	resp, err := c.CreateVolumeGroupSnapshot(t.Context(), &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: ids})
+	if err != nil || len(resp.GetGroupSnapshot().GetSnapshots()) != 2 {
+		t.Errorf("got %v, %v", resp, err)
 	}
 }
