@@ -50,7 +50,10 @@ func startAgent(s stage, binary, device string) (*agent, error) {
 		close(exited)
 	}()
 	a := &agent{cmd.Process.Pid, exited}
-	return a, os.WriteFile(s.pidFile(), []byte(strconv.Itoa(a.pid)), 0o600)
+	boot, begun, err := birth(a.pid)
+	return a, errors.Join(err,
+		os.WriteFile(s.birthFile(), []byte(boot+" "+begun), 0o600),
+		os.WriteFile(s.pidFile(), []byte(strconv.Itoa(a.pid)), 0o600))
 }
 
 // findAgent returns the agent that an earlier run of s left running, or nil.

@@ -1,7 +1,6 @@
 package demo
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -162,40 +161,6 @@ func (s stage) volumeIDs() []string {
 		}
 	}
 	return ids
-}
-
-// processes returns the processes of the agent's group: itself and whatever
-// it started. Zombies hold nothing and are not counted.
-func (s stage) processes() ([]leftover, error) {
-	text, err := os.ReadFile(s.pidFile())
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	group := strings.TrimSpace(string(text))
-	stats, err := filepath.Glob("/proc/[0-9]*/stat")
-	if err != nil {
-		return nil, err
-	}
-	var found []leftover
-	for _, file := range stats {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue // ended since the listing
-		}
-		// pid (name) state ppid pgrp …; the name may hold anything
-		open, end := strings.IndexByte(string(text), '('), strings.LastIndexByte(string(text), ')')
-		if open < 0 || end < 0 {
-			continue
-		}
-		fields := strings.Fields(string(text[end+1:]))
-		if len(fields) > 2 && fields[0] != "Z" && fields[0] != "X" && fields[2] == group {
-			found = append(found, leftover{"process", strings.TrimSpace(string(text[:open])), string(text[open+1 : end])})
-		}
-	}
-	return found, nil
 }
 
 // remove takes l away by force.

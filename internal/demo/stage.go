@@ -13,6 +13,7 @@ import (
 //	DIR/run/              the agent's run directory
 //	DIR/csi.sock          its CSI socket
 //	DIR/node.pid          its process
+//	DIR/node.birth        which of all processes of that number it is
 //	DIR/node.log          what it said
 //	DIR/staging/ID/       staging target path of volume ID
 //	DIR/pods/ID/volume    its target path
@@ -29,6 +30,7 @@ func (s stage) pool() string             { return s.path("pool") }
 func (s stage) run() string              { return s.path("run") }
 func (s stage) socket() string           { return s.path("csi.sock") }
 func (s stage) pidFile() string          { return s.path("node.pid") }
+func (s stage) birthFile() string        { return s.path("node.birth") }
 func (s stage) log() string              { return s.path("node.log") }
 func (s stage) staging(id string) string { return s.path("staging", id) }
 func (s stage) target(id string) string  { return s.path("pods", id, "volume") }
