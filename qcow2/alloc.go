@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // allocator finds free host clusters of an image. In order of preference:
@@ -331,6 +333,33 @@ func (im *Image) reserveSpace(first hostCluster, n int64) error {
 	err := im.f.Allocate(int64(g.hostOffset(first)), n*g.clusterSize)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return fmt.Errorf("qcow2: reserve space for a table: %w", err)
+	}
+	return nil
+}
+
+// reserveTables takes the space of those tables from the host that a new image has
+// as holes: the L1 table, the refcount table, and the refcount block of the tail.
+// Their write back fails the image, too, if it finds the pool full. An image opens in a
+// full pool all the same.
+func (im *Image) reserveTables() error {
+	g, a, l1 := &im.geo, &im.allocator, im.l1.Load()
+	tables := []tableRange{
+		{off: l1.off, end: l1.off + HostOffset(len(l1.entries)*entryBytes)},
+		{off: a.reftableOff, end: a.reftableOff + HostOffset(len(a.table())*entryBytes)},
+	}
+	table, _ := g.refblockIndex(a.tail)
+	if block, err := g.refblockAt(a.table(), table); err == nil && block != 0 {
+		tables = append(tables, tableRange{off: block, end: block + HostOffset(g.clusterSize)})
+	}
+	for _, t := range tables {
+		n := min(int64(t.end), a.fileEnd.Load()) - int64(t.off)
+		if n <= 0 {
+			continue
+		}
+		err := im.f.Allocate(int64(t.off), n)
+		if err != nil && !errors.Is(err, errors.ErrUnsupported) && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			return fmt.Errorf("qcow2: reserve space for a table: %w", err)
+		}
 	}
 	return nil
 }

@@ -72,7 +72,16 @@ func (im *Image) open(ctx context.Context) error {
 	if err := im.readTables(tables); err != nil {
 		return err
 	}
-	return im.openBacking(ctx)
+	if err := im.openBacking(ctx); err != nil || im.opts.ReadOnly || im.failed() != nil {
+		return err
+	}
+	if err := im.reserveTables(); err != nil {
+		if b := im.base(); b != nil {
+			err = errors.Join(err, b.Close())
+		}
+		return err
+	}
+	return nil
 }
 
 // makeConsistent finishes what a predecessor left: it writes back the tables

@@ -1,11 +1,13 @@
 package qcow2_test
 
 import (
+	"errors"
 	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -66,5 +68,27 @@ func TestDiscardReachesTheHost(t *testing.T) {
 		want("without the snapshot", half/2)
 		do(im.WriteZeroes(half, half, true))
 		want("zeroed", 0)
+	}
+}
+
+// TestOpenReservesTables: a table that found the host full when it is written back
+// would fail the image, and those of a new image are holes.
+func TestOpenReservesTables(t *testing.T) {
+	path := filepath.Join(scratch(t), "new.qcow2")
+	createFile(t, path, 16<<40, qcow2.CreateOptions{})
+	im := useFile(t, path, qcow2.Options{})
+	const want = 2*64<<10 + 16<<40/(512<<20)*8 // refcount table and block, L1 table
+	if got := hostBytes(t, path); got < want {
+		t.Errorf("the host has %d bytes for an image without data, want %d for its tables", got, want)
+	}
+	mustClose(t, im)
+}
+
+// TestOpenInFullPool opens an image where no space can be reserved.
+func TestOpenInFullPool(t *testing.T) {
+	for _, cause := range []error{unix.ENOSPC, unix.EDQUOT, errors.ErrUnsupported} {
+		d := newDisk(t, 1<<20, qcow2.CreateOptions{})
+		d.Inject(&storagetest.Fault{Ops: storagetest.OpAllocate, N: 1, Err: cause, Sticky: true})
+		mustClose(t, useDisk(t, d, qcow2.Options{}))
 	}
 }
