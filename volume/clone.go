@@ -27,6 +27,11 @@ func (p *Pool) createFrom(ctx context.Context, req CreateRequest, rec volumeReco
 	if err != nil {
 		return Volume{}, err
 	}
+	if !reflink {
+		if err := p.checkDepth(owner.id); err != nil {
+			return Volume{}, err
+		}
+	}
 	snap, err := p.sourceSnapshot(ctx, req, rec)
 	if err != nil {
 		return Volume{}, err
@@ -40,9 +45,6 @@ func (p *Pool) createFrom(ctx context.Context, req CreateRequest, rec volumeReco
 		return p.createReflink(ctx, rec, owner, snap)
 	}
 	view := viewRef{owner.id, snap.ID}
-	if err := p.checkDepth(owner.id); err != nil {
-		return Volume{}, err
-	}
 	if err := p.ensureView(ctx, view); err != nil {
 		return Volume{}, err
 	}
@@ -77,9 +79,17 @@ func (p *Pool) sourceSnapshot(ctx context.Context, req CreateRequest, rec volume
 	if err != nil {
 		return snapshotRecord{}, err
 	}
-	if _, err := cloneSize(req.Size, source.Size); err != nil {
+	size, err := cloneSize(req.Size, source.Size)
+	if err != nil {
 		return snapshotRecord{}, err
 	}
+	// What will be refused shall not freeze the source before, nor make its writes
+	// take new space: the caller repeats it for as long as the pool is full.
+	kept, err := p.promise(size)
+	if err != nil {
+		return snapshotRecord{}, err
+	}
+	kept()
 	snap, err := p.takeSnapshot(ctx, e, snapshotRecord{
 		ID: p.hiddenID(rec.ID, e), Volume: e.id, Hidden: true, Filesystem: source.Filesystem,
 	}, req.Quiesce)

@@ -335,6 +335,9 @@ func TestReservationLeavesRoom(t *testing.T) {
 	reserve := func(name string, size int64, source Source) error {
 		req := sized(name, size)
 		req.Params.Preallocation, req.Source = qcow2.PreallocationFalloc, source
+		if name == "tables" {
+			req.Params.Preallocation, req.Params.ClusterSize = qcow2.PreallocationMetadata, minClusterSize
+		}
 		_, err := p.Create(t.Context(), req)
 		return err
 	}
@@ -345,6 +348,9 @@ func TestReservationLeavesRoom(t *testing.T) {
 	}
 	if err := reserve("all", (c.Available-8<<20)&^(SizeUnit-1), Source{}); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("all that is left: got %v, want ErrNoSpace", err)
+	}
+	if err := reserve("tables", 1<<40, Source{}); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("tables of 2.5 GiB: got %v, want ErrNoSpace", err)
 	}
 	if err := reserve("clone", c.Total, Source{Volume: thin.ID}); err != nil {
 		t.Errorf("a clone: %v", err)
@@ -379,4 +385,36 @@ func TestReadOnlyPool(t *testing.T) {
 	if !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), "read-only") || !strings.Contains(err.Error(), dir) {
 		t.Errorf("create: %v", err)
 	}
+}
+
+// A clone that is refused takes no snapshot of its source, and does not freeze it.
+func TestRefusedCloneLeavesItsSourceAlone(t *testing.T) {
+	quiesce := func(_ context.Context, cut func()) error {
+		t.Error("the source is frozen")
+		cut()
+		return nil
+	}
+	refused := func(p *Pool, source string, want error) {
+		t.Helper()
+		_, err := p.Create(t.Context(), CreateRequest{Name: "refused", Params: DefaultParams(), Source: Source{Volume: source}, Quiesce: quiesce})
+		if !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	full := guarded(t, Guard{RefuseAt: 1})
+	v, err := full.Create(t.Context(), sized("v", 1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	full.guard.opts.RefuseAt = 1e-9
+	refused(full, v.ID, ErrNoSpace)
+
+	deep := guarded(t, Guard{})
+	if v, err = deep.Create(t.Context(), sized("0", 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range maxChainDepth {
+		v = clone(t, deep, fmt.Sprint(i+1), Source{Volume: v.ID}, CloneLinked)
+	}
+	refused(deep, v.ID, ErrTooDeep)
 }

@@ -90,6 +90,18 @@ var preallocations = []qcow2.Preallocation{
 	qcow2.PreallocationOff, qcow2.PreallocationMetadata, qcow2.PreallocationFalloc, qcow2.PreallocationFull,
 }
 
+// reserved returns how much space a volume of size bytes takes at once, about, in bytes.
+func (p Params) reserved(size int64) int64 {
+	const tables = 8 + 2 // bytes for each cluster: an L2 entry and a refcount
+	switch p.Preallocation {
+	case qcow2.PreallocationMetadata:
+		return size / p.ClusterSize * tables
+	case qcow2.PreallocationFalloc, qcow2.PreallocationFull:
+		return size + size/p.ClusterSize*tables
+	}
+	return 0
+}
+
 // ParseParams parses StorageClass parameters. Unknown names, names that differ
 // in case, and malformed values are refused with ErrInvalid.
 func ParseParams(m map[string]string) (Params, error) {

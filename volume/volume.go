@@ -183,16 +183,17 @@ func compatible(rec *volumeRecord, req CreateRequest) (Volume, error) {
 // the pool's Guard keeps, or no volume could be written or made beside it. Volumes
 // without preallocation are thin: they may promise more than the pool holds.
 func (p *Pool) checkSpace(rec volumeRecord) error {
-	if rec.Params.Preallocation != qcow2.PreallocationFull && rec.Params.Preallocation != qcow2.PreallocationFalloc {
+	size := rec.Params.reserved(rec.Size)
+	if size == 0 {
 		return nil
 	}
 	c, err := p.Capacity()
 	if err != nil {
 		return err
 	}
-	if room := p.guard.opts.reservable(c); rec.Size > room {
+	if room := p.guard.opts.reservable(c); size > room {
 		return fmt.Errorf("%w: %d bytes to reserve in pool %q, and %d of the %d that are left may be; free space, add some, or use preallocation=off",
-			ErrNoSpace, rec.Size, p.path, room, c.Available)
+			ErrNoSpace, size, p.path, room, c.Available)
 	}
 	return nil
 }
