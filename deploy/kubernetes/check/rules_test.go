@@ -411,6 +411,17 @@ var rules = []rule{
 		func(c *cluster) { c.agent.LivenessProbe.FailureThreshold = 1 },
 	},
 	{
+		"an upgrade waits for an agent that serves",
+		func(c *cluster) error {
+			ready, live := c.agent.ReadinessProbe, c.agent.LivenessProbe
+			return errors.Join(
+				hold(ready != nil && ready.HTTPGet != nil && ready.HTTPGet.Path == live.HTTPGet.Path && ready.HTTPGet.Port == live.HTTPGet.Port, "an agent is ready when it is started"),
+				hold(c.node.Spec.MinReadySeconds >= 10, "one that ends again and again is ready between"),
+			)
+		},
+		func(c *cluster) { c.agent.ReadinessProbe = nil },
+	},
+	{
 		"images are pinned and name no registry",
 		func(c *cluster) (err error) {
 			for _, container := range c.pod.Containers {
