@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -214,6 +215,7 @@ type cut struct {
 	// tables says how far each table of entries has come; guarded by the claim
 	// of its L1 entry.
 	tables []tableState
+	failed atomic.Pointer[error] // why a table could not be swept, nil if none
 }
 
 type tableState uint8
@@ -221,7 +223,7 @@ type tableState uint8
 const (
 	tableUnswept tableState = iota
 	tableSwept              // its refcounts are raised, its COPIED flags clear
-	tableUndone             // the snapshot failed: leave it alone
+	tableUndone             // the snapshot fails, or has: leave it alone
 )
 
 // cutAll waits for the requests under way on all images, and cuts them all
@@ -280,10 +282,14 @@ func (im *Image) sweepAll(ctx context.Context, c *cut) error {
 			return err
 		}
 	}
+	if err := c.failed.Load(); err != nil { // of a writer that came first
+		return *err
+	}
 	return nil
 }
 
-// sweepTable sweeps table i of c unless that is done.
+// sweepTable sweeps table i of c unless that is done. If it cannot, for lack of room
+// in the refcounts say, there will be no snapshot: writers go on without it.
 //
 // Preconditions: the caller holds the claim of L1 entry i.
 func (im *Image) sweepTable(c *cut, i int) error {
@@ -291,12 +297,17 @@ func (im *Image) sweepTable(c *cut, i int) error {
 	if e.offset() == 0 || c.tables[i] != tableUnswept {
 		return nil
 	}
-	if err := im.raiseTable(e.offset()); err != nil {
-		return err
+	c.tables[i] = tableUndone
+	err := im.raiseTable(e.offset())
+	if err == nil {
+		c.tables[i] = tableSwept
+		// Nobody has replaced the active entry: that takes a swept table.
+		err = im.storeL1(i, makeL1(e.offset(), false))
 	}
-	c.tables[i] = tableSwept
-	// Nobody has replaced the active entry: that takes a swept table.
-	return im.storeL1(i, makeL1(e.offset(), false))
+	if err != nil {
+		c.failed.Store(&err)
+	}
+	return err
 }
 
 // raiseTable raises the refcounts of the L2 table at off and of all that it

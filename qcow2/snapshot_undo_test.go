@@ -53,6 +53,38 @@ func TestApplyWithoutRoomInRefcounts(t *testing.T) {
 	wantSame(t, "the disk", readAll(t, im), want)
 }
 
+// TestWriteDuringSnapshotWithoutRoom writes while a snapshot is taken that refcounts
+// of 2 bits cannot count: the snapshot fails, not the write.
+func TestWriteDuringSnapshotWithoutRoom(t *testing.T) {
+	const cluster = 4096
+	const table = cluster / 8 * cluster // what an L2 table maps
+	d := newDisk(t, 2*table, qcow2.CreateOptions{ClusterSize: cluster, RefcountBits: 2})
+	im := useDisk(t, d, qcow2.Options{})
+	want := make([]byte, 2*table)
+	write := func(off int64, p []byte) {
+		t.Helper()
+		if _, err := im.WriteAt(p, off); err != nil {
+			t.Errorf("write at %#x: %v", off, err)
+		}
+		copy(want[off:], p)
+	}
+	write(0, fill(3*cluster, 1))
+	write(table, fill(3*cluster, 2))
+	for i := range int64(2) {
+		if err := im.WriteCompressed(make([]byte, cluster), table+(8+i)*cluster); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := qcow2.CreateSnapshotsWithin(t.Context(), []qcow2.SnapshotRequest{{Image: im, Snapshot: qcow2.Snapshot{Name: "s"}}}, func(cut func()) error {
+		cut()
+		write(cluster, fill(cluster, 3))
+		write(table+cluster+100, fill(2*cluster, 4))
+		return nil
+	})
+	wantUndone(t, d, im, err, qcow2.ErrRefcountOverflow)
+	wantSame(t, "the disk", readAll(t, im), want)
+}
+
 // TestSnapshotChangesWithoutSpace applies, deletes and creates snapshots on a host
 // that is full.
 func TestSnapshotChangesWithoutSpace(t *testing.T) {
