@@ -82,6 +82,19 @@ func sizeRange(r *csi.CapacityRange) volume.SizeRange {
 	return volume.SizeRange{Required: r.GetRequiredBytes(), Limit: r.GetLimitBytes()}
 }
 
+// newSize returns the size that is asked for a volume without a source. Its
+// filesystem must fit, or it could never be staged.
+func newSize(r *csi.CapacityRange, caps []*csi.VolumeCapability) (volume.SizeRange, error) {
+	size, low := sizeRange(r), minSize(caps)
+	if size.Limit > 0 && size.Limit < low && size.Required <= size.Limit {
+		return size, fmt.Errorf("%w: limit_bytes is %d, and a volume with these capabilities has %d at least", errRange, size.Limit, low)
+	}
+	if size.Required > 0 {
+		size.Required = max(size.Required, low)
+	}
+	return size, nil
+}
+
 // CreateVolume implements csi.ControllerServer.
 func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	if err := required("name", req.GetName()); err != nil {
@@ -113,11 +126,17 @@ func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolum
 	if err := s.checkUnique(pool, req.GetName(), (*volume.Pool).VolumeNamed); err != nil {
 		return nil, err
 	}
+	size := sizeRange(req.GetCapacityRange())
+	if source.Empty() {
+		if size, err = newSize(req.GetCapacityRange(), req.GetVolumeCapabilities()); err != nil {
+			return nil, err
+		}
+	}
 	if source.Volume != "" {
 		s.syncStaged(ctx, source.Volume)
 	}
 	v, err := pool.Create(ctx, volume.CreateRequest{
-		Name: req.GetName(), Size: sizeRange(req.GetCapacityRange()), Params: params, Source: source,
+		Name: req.GetName(), Size: size, Params: params, Source: source,
 		Quiesce: s.quiesce(ctx, source.Volume),
 	})
 	if err != nil {
@@ -315,7 +334,7 @@ func (s controllerServer) GetCapacity(ctx context.Context, req *csi.GetCapacityR
 	if err != nil {
 		return nil, err
 	}
-	return &csi.GetCapacityResponse{AvailableCapacity: pool.Room(c), MinimumVolumeSize: wrapperspb.Int64(volume.MinSize)}, nil
+	return &csi.GetCapacityResponse{AvailableCapacity: pool.Room(c), MinimumVolumeSize: wrapperspb.Int64(minSize(req.GetVolumeCapabilities()))}, nil
 }
 
 // ControllerExpandVolume implements csi.ControllerServer. It grows the image,

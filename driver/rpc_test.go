@@ -424,3 +424,32 @@ func TestUndeclaredRPCs(t *testing.T) {
 		}
 	}
 }
+
+// TestXFSFits: a volume that is to have an xfs filesystem is large enough for one;
+// otherwise it could never be staged.
+func TestXFSFits(t *testing.T) {
+	r := newRig(t)
+	create := func(name string, required, limit int64, c *csi.VolumeCapability) (int64, error) {
+		resp, err := r.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: caps(c),
+			CapacityRange: &csi.CapacityRange{RequiredBytes: required, LimitBytes: limit}})
+		return resp.GetVolume().GetCapacityBytes(), err
+	}
+	for range 2 {
+		if size, err := create("small", 1<<20, 0, mountCap("xfs")); err != nil || size != minXFSBytes {
+			t.Errorf("1 MiB of xfs: got %d, %v", size, err)
+		}
+		if size, err := create("other", 1<<20, 0, mountCap("ext4")); err != nil || size != 1<<20 {
+			t.Errorf("1 MiB of ext4: got %d, %v", size, err)
+		}
+	}
+	for _, required := range []int64{0, 1 << 20} {
+		_, err := create("limited", required, 200<<20, mountCap("xfs"))
+		wantCode(t, "at most 200 MiB of xfs", err, codes.OutOfRange)
+	}
+	_, err := create("senseless", 2<<20, 1<<20, mountCap("xfs"))
+	wantCode(t, "more required than the limit", err, codes.InvalidArgument)
+	room, err := r.GetCapacity(t.Context(), &csi.GetCapacityRequest{VolumeCapabilities: caps(mountCap("xfs"))})
+	if err != nil || room.GetMinimumVolumeSize().GetValue() != minXFSBytes {
+		t.Errorf("capacity: %v, %v", room, err)
+	}
+}

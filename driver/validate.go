@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"csi-qcow2/volume"
 )
 
 // The size limits of the specification, in bytes. Paths have the system's.
@@ -170,6 +172,19 @@ const (
 	fsExt4 = "ext4"
 	fsXFS  = "xfs"
 )
+
+// minXFSBytes is the least size that mkfs.xfs makes a filesystem of.
+const minXFSBytes = 300 << 20
+
+// minSize returns the least size of a volume with the capabilities caps, in bytes.
+func minSize(caps []*csi.VolumeCapability) int64 {
+	for _, c := range caps {
+		if c.GetMount().GetFsType() == fsXFS {
+			return minXFSBytes
+		}
+	}
+	return volume.MinSize
+}
 
 // mountFlags are what a StorageClass or PersistentVolume may ask of mount(8).
 // Nothing that names a file, runs a program, or weakens nosuid and nodev.
