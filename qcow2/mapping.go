@@ -1,5 +1,7 @@
 package qcow2
 
+import "fmt"
+
 // A mapping is a run of guest bytes of one kind, inside one L2 slice.
 type mapping struct {
 	kind clusterKind
@@ -11,8 +13,12 @@ type mapping struct {
 	entry   l2Entry    // of the first cluster
 }
 
-// l2Table returns the checked host offset of the L2 table of l1 entry e, 0 for none.
+// l2Table returns the checked host offset of the L2 table of the L1 entry at index,
+// 0 for none, and the entry.
 func (im *Image) l2Table(l1 *l1Table, index int) (HostOffset, l1Entry, error) {
+	if index >= len(l1.entries) { // the disk has become shorter since the range was checked
+		return 0, 0, fmt.Errorf("%w: L1 entry %d of %d", ErrOutOfRange, index, len(l1.entries))
+	}
 	e := l1.load(index)
 	if e == 0 {
 		return 0, e, nil

@@ -301,3 +301,49 @@ func TestGroupSnapshotIsAllOrNothing(t *testing.T) {
 	}
 	qemutest.Check(t, path)
 }
+
+// TestReadWhileApplied reads the end of a disk that becomes shorter and longer
+// meanwhile: a read sees it, or is out of range.
+func TestReadWhileApplied(t *testing.T) {
+	const small, large = 1 << 20, 64 << 20
+	d := newDisk(t, small, qcow2.CreateOptions{ClusterSize: 4096})
+	im := useDisk(t, d, qcow2.Options{})
+	var ids [2]string
+	for i := range ids {
+		s, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[i] = s.ID
+		if err := im.Resize(t.Context(), large); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := make(chan struct{})
+	var readers sync.WaitGroup
+	for range 2 {
+		readers.Go(func() { // ends when stop is closed
+			p := make([]byte, 4096)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := im.ReadAt(p, large-4096); err != nil && !errors.Is(err, qcow2.ErrOutOfRange) {
+					t.Errorf("ReadAt: %v", err)
+				}
+				if _, err := im.BlockStatus(t.Context(), large-4096, 4096); err != nil && !errors.Is(err, qcow2.ErrOutOfRange) {
+					t.Errorf("BlockStatus: %v", err)
+				}
+			}
+		})
+	}
+	for i := range 400 {
+		if err := im.ApplySnapshot(t.Context(), ids[i%2]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	readers.Wait()
+}
