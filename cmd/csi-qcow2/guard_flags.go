@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -23,6 +25,29 @@ func (f *guardFlags) add(flags *pflag.FlagSet) {
 	flags.Float64Var(&f.refuse, "pool-refuse", f.refuse, "use, in percent, from which no volume is made or expanded; 0 for never")
 	flags.Float64Var(&f.stop, "pool-stop", f.stop, "use, in percent, from which writes to volumes that need new space are stopped, so that the filesystem does not fill up; 0 for never")
 	flags.DurationVar(&f.pause, "pool-pause", f.pause, "how long writes that are stopped wait for space before they get ENOSPC, at most 24h; 0 for not at all")
+}
+
+// validate returns all problems at once, in the flags' own terms.
+func (f *guardFlags) validate() error {
+	var errs []error
+	for _, share := range []struct {
+		flag  string
+		value float64
+	}{{"pool-warn", f.warn}, {"pool-refuse", f.refuse}, {"pool-stop", f.stop}} {
+		if !(share.value >= 0 && share.value <= 100) { // nor NaN
+			errs = append(errs, fmt.Errorf("--%s %v: want a percentage, 0 to 100", share.flag, share.value))
+		}
+	}
+	if f.pause > 0 && f.stop == 0 {
+		errs = append(errs, fmt.Errorf("--pool-pause %s: want --pool-stop, too, without which no write is stopped", f.pause))
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	if err := f.guard().Validate(); err != nil {
+		return fmt.Errorf("--overcommit, --pool-pause: %w", err)
+	}
+	return nil
 }
 
 // guard returns the bounds of each pool.

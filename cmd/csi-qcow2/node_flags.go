@@ -168,5 +168,5 @@ func (f *nodeFlags) validate() error {
 	if f.deadConn < time.Second || f.deadConn > 24*time.Hour || f.deadConn%time.Second != 0 {
 		fail("--dead-connection-timeout %s: want whole seconds, 1s to 24h", f.deadConn)
 	}
-	return errors.Join(append(errs, f.guard.guard().Validate(), f.servers.validate(), f.log.validate())...)
+	return errors.Join(append(errs, f.guard.validate(), f.servers.validate(), f.log.validate())...)
 }
