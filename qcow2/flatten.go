@@ -194,10 +194,7 @@ func (im *Image) needsBacking(ctx context.Context) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		size := im.size.Load()
-		if records[i].diskSize != 0 {
-			size = int64(records[i].diskSize)
-		}
+		size := int64(records[i].diskSize)
 		l1 := newL1Table(records[i].l1Offset, entries)
 		if im.geo.l1EntriesFor(size) > int64(len(entries)) {
 			return false, corruptf("snapshot L1 table", l1.off, "%d entries do not cover %d bytes", len(entries), size)

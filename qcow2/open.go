@@ -149,10 +149,7 @@ func (im *Image) readTables(f File) error {
 			return err
 		}
 		r := &records[i]
-		l1Off, l1Size = r.l1Offset, int(r.l1Size)
-		if r.diskSize != 0 {
-			size = int64(r.diskSize)
-		}
+		size, l1Off, l1Size = int64(r.diskSize), r.l1Offset, int(r.l1Size)
 		if int64(l1Size) < g.l1EntriesFor(size) {
 			return corruptf("snapshot L1 table", l1Off, "%d entries do not cover %d bytes", l1Size, size)
 		}

@@ -59,3 +59,21 @@ func TestResizeThatCannotGrowTheFile(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestSnapshotOfNoBytes applies a snapshot of a disk of no bytes, as QEMU does.
+func TestSnapshotOfNoBytes(t *testing.T) {
+	im := useDisk(t, newDisk(t, 0, qcow2.CreateOptions{}), qcow2.Options{})
+	s, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Resize(t.Context(), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.WriteAt([]byte{1}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.ApplySnapshot(t.Context(), s.ID); err != nil || im.Size() != 0 {
+		t.Errorf("a disk of %d bytes, %v; want 0", im.Size(), err)
+	}
+}

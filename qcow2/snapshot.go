@@ -19,9 +19,9 @@ type Snapshot struct {
 	DiskSize    int64         // virtual size when it was taken, bytes
 }
 
-// public returns r as a Snapshot of an image of size bytes.
-func (r *snapshotRecord) public(size int64) Snapshot {
-	s := Snapshot{
+// public returns r as a Snapshot.
+func (r *snapshotRecord) public() Snapshot {
+	return Snapshot{
 		ID:          r.id,
 		Name:        r.name,
 		Date:        time.Unix(int64(r.dateSec), int64(r.dateNsec)),
@@ -30,18 +30,13 @@ func (r *snapshotRecord) public(size int64) Snapshot {
 		ICount:      int64(r.icount),
 		DiskSize:    int64(r.diskSize),
 	}
-	if r.diskSize == 0 {
-		s.DiskSize = size
-	}
-	return s
 }
 
 // Snapshots lists the internal snapshots in table order.
 func (im *Image) Snapshots() []Snapshot {
 	var list []Snapshot
-	size := im.size.Load()
 	for _, r := range im.snapshots() {
-		list = append(list, r.public(size))
+		list = append(list, r.public())
 	}
 	return list
 }

@@ -31,13 +31,10 @@ func (im *Image) ApplySnapshot(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	size := im.size.Load()
-	if records[at].diskSize != 0 {
-		size = int64(records[at].diskSize)
-	}
+	size := int64(records[at].diskSize)
 	if need := im.geo.l1EntriesFor(size); need > int64(len(entries)) {
-		if records[at].diskSize != 0 {
-			return corruptf("snapshot L1 table", records[at].l1Offset, "%d entries do not cover the snapshot's %d bytes", len(entries), records[at].diskSize)
+		if !records[at].incomplete {
+			return corruptf("snapshot L1 table", records[at].l1Offset, "%d entries do not cover the snapshot's %d bytes", len(entries), size)
 		}
 		entries = append(entries, make([]uint64, need-int64(len(entries)))...)
 	}

@@ -79,7 +79,7 @@ func CreateSnapshotsWithin(ctx context.Context, requests []SnapshotRequest, with
 	taken := make([]Snapshot, len(members))
 	for i, m := range members {
 		err = errors.Join(err, m.finish(context.WithoutCancel(ctx), err))
-		taken[i] = m.record.public(int64(m.record.diskSize))
+		taken[i] = m.record.public()
 	}
 	if err != nil {
 		return nil, err
