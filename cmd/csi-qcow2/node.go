@@ -73,7 +73,7 @@ func runNode(ctx context.Context, f nodeFlags) (err error) {
 	}()
 	for _, p := range f.pools {
 		err := waitFor(ctx, predecessorWait, volume.ErrPoolInUse, func() error {
-			pool, err := volume.Open(ctx, p.dir, volume.Options{Guard: f.guard.guard(), Cache: tables.Cache})
+			pool, err := volume.Open(ctx, p.dir, f.poolOptions(tables.Cache))
 			if err == nil {
 				pools[p.name] = pool
 			}

@@ -11,8 +11,10 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"csi-qcow2/cache"
 	"csi-qcow2/driver"
 	"csi-qcow2/nbdexport"
+	"csi-qcow2/volume"
 )
 
 // nodeFlags are the flags of `csi-qcow2 node`.
@@ -116,6 +118,11 @@ func (f *nodeFlags) add(flags *pflag.FlagSet) {
 	f.guard.add(flags)
 	f.servers.add(flags)
 	f.log.add(flags)
+}
+
+// poolOptions returns the options of each pool, whose tables are in tables.
+func (f *nodeFlags) poolOptions(tables *cache.Cache) volume.Options {
+	return volume.Options{Cache: tables, Guard: f.guard.guard(), CopyBandwidth: f.copyRate}
 }
 
 const (

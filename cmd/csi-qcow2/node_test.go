@@ -3,10 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"csi-qcow2/volume"
 )
 
 // TestNodeFlagsRefused: a bad value ends the program with status 2 and a
@@ -82,5 +88,20 @@ func TestNodeStartsNothingItCannotServe(t *testing.T) {
 		if _, err := os.Lstat(socket); !os.IsNotExist(err) {
 			t.Errorf("pool %q: a socket is left: %v", c.pool, err)
 		}
+	}
+}
+
+// TestPoolFlagsReachThePools: what the flags say of pools is what pools are opened with.
+func TestPoolFlagsReachThePools(t *testing.T) {
+	f := defaultNodeFlags()
+	flags := pflag.NewFlagSet("node", pflag.ContinueOnError)
+	f.add(flags)
+	err := flags.Parse([]string{"--copy-bandwidth", "1000", "--overcommit", "3", "--pool-warn", "25", "--pool-refuse", "50", "--pool-stop", "75", "--pool-pause", "1h"})
+	if err := errors.Join(err, f.validate()); err != nil {
+		t.Fatal(err)
+	}
+	want := volume.Guard{Overcommit: 3, WarnAt: 0.25, RefuseAt: 0.5, StopAt: 0.75, Pause: time.Hour}
+	if o := f.poolOptions(nil); o.CopyBandwidth != 1000 || o.Guard != want {
+		t.Errorf("got a bandwidth of %d and %+v, want 1000 and %+v", o.CopyBandwidth, o.Guard, want)
 	}
 }
