@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"syscall"
 )
 
 // nbdListenFlags say where the nbd subcommand listens: on a unix socket, or a
@@ -18,8 +19,14 @@ type nbdListenFlags struct {
 	bind   string
 }
 
-// validate refuses a port that is none.
+// maxSocketPath is what fits into a sockaddr_un, in bytes.
+const maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
+
+// validate refuses a port that is none, and a path that is too long for a socket.
 func (f *nbdListenFlags) validate() error {
+	if len(f.socket) > maxSocketPath {
+		return usageErrorf("nbd: --socket %q: the path has %d bytes, at most %d fit", f.socket, len(f.socket), maxSocketPath)
+	}
 	if _, err := strconv.ParseUint(f.port, 10, 16); err != nil {
 		return usageErrorf("nbd: --port %q: want a number from 0 to 65535", f.port)
 	}

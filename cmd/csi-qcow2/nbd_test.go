@@ -39,6 +39,7 @@ func TestNBDUsageErrors(t *testing.T) {
 		{[]string{"-e", "many", image}, "--shared"},
 		{[]string{"-p", "65536", image}, "--port"},
 		{[]string{"-p", "http", image}, "--port"},
+		{[]string{"-k", strings.Repeat("s", 108), image}, "at most 107"},
 		{[]string{"-l", "snapshot.id=1,snapshot.name=x", image}, "--load-snapshot"},
 	} {
 		var out, stderr bytes.Buffer
