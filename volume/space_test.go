@@ -1,11 +1,14 @@
 package volume
 
 import (
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // What a snapshot holds alone comes back to the host with its last dependent,
@@ -119,5 +122,25 @@ func TestNestedLargerClones(t *testing.T) {
 	reap(t, p)
 	if left := files(t, p.Path()); len(left) > 0 {
 		t.Errorf("left: %q", left)
+	}
+}
+
+// The blocks of a file system are counted in its own unit, whatever it likes to be
+// asked for at once, and without overflow.
+func TestCapacityUnits(t *testing.T) {
+	for _, c := range []struct {
+		st    unix.Statfs_t
+		total int64
+	}{
+		{unix.Statfs_t{Blocks: 100, Bavail: 50, Bsize: 4096, Frsize: 4096}, 100 * 4096},
+		{unix.Statfs_t{Blocks: 100, Bavail: 50, Bsize: 128 << 10, Frsize: 4096}, 100 * 4096},
+		{unix.Statfs_t{Blocks: 100, Bavail: 50, Bsize: 4096}, 100 * 4096},
+	} {
+		if got, want := capacity(&c.st), (Capacity{Total: c.total, Available: c.total / 2}); got != want {
+			t.Errorf("%+v: got %+v, want %+v", c.st, got, want)
+		}
+	}
+	if got := capacity(&unix.Statfs_t{Blocks: math.MaxUint64, Bsize: 512}); got.Total != math.MaxInt64 {
+		t.Errorf("2^64 blocks: got %+v", got)
 	}
 }

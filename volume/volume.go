@@ -365,7 +365,17 @@ func (p *Pool) Capacity() (Capacity, error) {
 	if err := unix.Fstatfs(p.dir.Fd(), &st); err != nil {
 		return Capacity{}, &fs.PathError{Op: "statfs", Path: p.path, Err: err}
 	}
-	return Capacity{Total: scale(st.Blocks, st.Bsize), Available: scale(st.Bavail, st.Bsize), ReadOnly: st.Flags&unix.ST_RDONLY != 0}, nil
+	return capacity(&st), nil
+}
+
+// capacity counts what st says. Its blocks are of Frsize bytes: Bsize, which a FUSE
+// file system may make larger, is what it likes to be asked for at once.
+func capacity(st *unix.Statfs_t) Capacity {
+	unit := st.Frsize
+	if unit == 0 {
+		unit = st.Bsize
+	}
+	return Capacity{Total: scale(st.Blocks, unit), Available: scale(st.Bavail, unit), ReadOnly: st.Flags&unix.ST_RDONLY != 0}
 }
 
 // scale multiplies without overflow: some file systems claim 2^63 blocks.
