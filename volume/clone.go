@@ -126,13 +126,15 @@ func cloneSize(r SizeRange, source int64) (int64, error) {
 func (p *Pool) checkDepth(id string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	source := id
 	for depth := 1; depth < math.MaxInt; depth++ {
 		e := p.volumes[id]
 		if e == nil || e.backing == nil {
 			return nil
 		}
 		if depth >= maxChainDepth {
-			return fmt.Errorf("%w: the limit is %d", ErrTooDeep, maxChainDepth)
+			return fmt.Errorf("%w: volume %s is a clone of %d others, which is the limit; make one of them with cloneMode=copy or reflink, which begins anew",
+				ErrTooDeep, source, maxChainDepth)
 		}
 		id = e.backing.Volume
 	}

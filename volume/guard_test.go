@@ -417,4 +417,7 @@ func TestRefusedCloneLeavesItsSourceAlone(t *testing.T) {
 		v = clone(t, deep, fmt.Sprint(i+1), Source{Volume: v.ID}, CloneLinked)
 	}
 	refused(deep, v.ID, ErrTooDeep)
+	if err := deep.checkDepth(v.ID); err == nil || !strings.Contains(err.Error(), v.ID) {
+		t.Errorf("%v does not name %s", err, v.ID)
+	}
 }
