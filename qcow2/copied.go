@@ -21,13 +21,15 @@ func (im *Image) fixCopied(ctx context.Context) error {
 		case table == 0:
 			continue
 		}
+		// The table first: a write copies one that may be shared, and the copy has no
+		// flags, so those that were set in it before would be lost.
+		if err := im.fixL1(l1, i); err != nil {
+			return err
+		}
 		for index := 0; index < g.l2Entries; index += perSlice {
 			if err := im.fixSlice(l1, i, index); err != nil {
 				return err
 			}
-		}
-		if err := im.fixL1(l1, i); err != nil {
-			return err
 		}
 		if err := im.pause(); err != nil {
 			return err

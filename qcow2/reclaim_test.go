@@ -145,3 +145,45 @@ func TestLastReferenceIsSeen(t *testing.T) {
 		t.Errorf("the cluster is not available: %v", freed)
 	}
 }
+
+// TestTableIsFixedBeforeItsEntries looks at the L1 entry whenever COPIED flags of
+// its table are about to be set: a write that still took the table for a shared one
+// would copy it then, without the flags.
+func TestTableIsFixedBeforeItsEntries(t *testing.T) {
+	im, d := reclaimImage(t)
+	if _, err := im.WriteAt(bytes.Repeat([]byte{1}, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.CreateSnapshot(t.Context(), Snapshot{Name: "s"}); err != nil {
+		t.Fatal(err)
+	}
+	table := int64(im.l1.Load().load(0).offset())
+	im.handle.Drop(table) // so that it is read
+	looks := 0
+	d.SetHook(func(op storagetest.Op, off int64) {
+		if op != storagetest.OpRead || off != table {
+			return
+		}
+		looks++
+		if n, err := im.refcount(im.geo.hostCluster(HostOffset(table))); err != nil || (n == 1) != im.l1.Load().load(0).copied() {
+			t.Errorf("refcount %d of the table, COPIED %t (%v)", n, im.l1.Load().load(0).copied(), err)
+		}
+	})
+	defer d.SetHook(nil)
+	if err := im.fixCopied(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.addRefcounts(im.geo.hostCluster(HostOffset(table)), 1, -1); err != nil { // as when the snapshot goes
+		t.Fatal(err)
+	}
+	im.handle.Drop(table)
+	if err := im.fixCopied(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if looks != 2 {
+		t.Errorf("the table was read %d times, want 2", looks)
+	}
+	if err := im.addRefcounts(im.geo.hostCluster(HostOffset(table)), 1, 1); err != nil {
+		t.Fatal(err)
+	}
+}
