@@ -128,7 +128,7 @@ func (im *Image) allocBytes(n int64) (HostOffset, error) {
 	if err != nil {
 		return 0, err
 	}
-	if g.hostOffset(c)>>g.compressedBits() != 0 {
+	if !g.packable(g.hostOffset(c)) {
 		im.free(c, 1)
 		return 0, errCannotPack
 	}

@@ -78,6 +78,9 @@ func (e l2Entry) reserved() uint64 { return uint64(e) & l2ReservedMask }
 // its host offset: as few as 49 with the largest clusters.
 func (g *geometry) compressedBits() uint { return 62 - (g.clusterBits - 8) }
 
+// packable reports whether the entry of a compressed cluster can name off.
+func (g *geometry) packable(off HostOffset) bool { return off>>g.compressedBits() == 0 }
+
 // compressedRange returns where the compressed data of e lies: [off, off+n),
 // n a multiple of 512 less the part of the first sector before off.
 func (e l2Entry) compressedRange(g *geometry) (off HostOffset, n int64) {
@@ -88,7 +91,7 @@ func (e l2Entry) compressedRange(g *geometry) (off HostOffset, n int64) {
 }
 
 // makeCompressed returns the entry for n > 0 bytes of compressed data at off, which
-// must fit into compressedBits.
+// must be packable.
 func makeCompressed(g *geometry, off HostOffset, n int64) l2Entry {
 	shift := g.compressedBits()
 	sectors := (uint64(off)+uint64(n)-1)>>9 - uint64(off)>>9
