@@ -80,6 +80,8 @@ func TestImgLocked(t *testing.T) {
 		"convert -O raw a.qcow2 c.raw", "convert -U -O raw a.qcow2 d.raw", "convert -O qcow2 b.qcow2 a.qcow2", "convert -n -O qcow2 b.qcow2 a.qcow2",
 		"compare a.qcow2 b.qcow2", "compare -U b.qcow2 a.qcow2", "create -f qcow2 a.qcow2 1M", "create -f raw a.qcow2 1M", "measure -O qcow2 a.qcow2",
 		"create -f qcow2 -b a.qcow2 -F qcow2 e.qcow2",
+		"info -f raw a.qcow2", "map -f raw a.qcow2", "convert -f raw -O raw a.qcow2 f.raw", "convert -U -f raw -O raw a.qcow2 g.raw",
+		"convert -n -f raw -O raw b.qcow2 b.qcow2",
 	} {
 		args := split(line)
 		want, got := runQemuImg(t, args...), runImg(t, args...)

@@ -252,7 +252,7 @@ func (v *imgConversion) openSource(c *imgContext) (qcow2.Disk, error) {
 }
 
 func (v *imgConversion) openOne(c *imgContext, name string, mode imagefile.CacheMode) (qcow2.Disk, error) {
-	o := imagefile.Options{Format: v.format, ReadOnly: true, CacheMode: mode, ForceShare: v.share}
+	o := imagefile.Options{Format: v.format, ReadOnly: true, CacheMode: mode, ForceShare: v.share, NoWriters: true}
 	disk, info, err := c.open(name, o)
 	if err != nil || v.snapshot == "" {
 		return disk, err

@@ -31,6 +31,9 @@ type Options struct {
 	ForceShare bool
 	// NoBacking leaves backing files closed: reading what they hold fails.
 	NoBacking bool
+	// NoWriters keeps others from writing a raw disk at the top while it is open read-only, too:
+	// for whoever copies it. ForceShare wins.
+	NoWriters bool
 }
 
 // Info says what Open opened.
@@ -171,11 +174,12 @@ func (op *opener) open(ctx context.Context, n *node, o nodeOptions, above *level
 }
 
 // lock takes the lock of a reader once the format is known. As in QEMU, a raw
-// disk at the top may be read while others write it: it has no metadata that
-// could change under the reader. A backing file may not.
+// disk at the top may be read while others write it, unless Options.NoWriters
+// is set: it has no metadata that could change under the reader. A backing file
+// may not.
 func (op *opener) lock(file qcow2.File, format string, o nodeOptions, above *level) error {
 	f, ok := file.(*qcow2.OSFile)
-	if !ok || !o.readOnly || o.forceShare || format == "raw" && above == nil {
+	if !ok || !o.readOnly || o.forceShare || format == "raw" && above == nil && !op.opts.NoWriters {
 		return nil
 	}
 	return f.Lock(qcow2.LockRead)

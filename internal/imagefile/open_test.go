@@ -281,6 +281,8 @@ func TestLocks(t *testing.T) {
 		{"top.qcow2", Options{ReadOnly: true, ForceShare: true}, "qemu-img resize base.qcow2 2M", ""},
 		{"raw.img", Options{ReadOnly: true, Format: "raw"}, "qemu-img resize -f raw raw.img 2M", ""},
 		{"raw.img", Options{ReadOnly: true}, "qemu-img resize -f raw raw.img 3M", ""},
+		{"raw.img", Options{ReadOnly: true, NoWriters: true}, "qemu-img resize -f raw raw.img 4M", `"write" lock`},
+		{"raw.img", Options{ReadOnly: true, NoWriters: true, ForceShare: true}, "qemu-img resize -f raw raw.img 4M", ""},
 	} {
 		d, _, err := Open(t.Context(), tt.name, tt.o)
 		if err != nil {
