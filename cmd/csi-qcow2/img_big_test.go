@@ -94,6 +94,42 @@ func TestImgLocked(t *testing.T) {
 	}
 }
 
+// TestImgTargetIsRead makes images of files that the new image would read: qemu-img
+// empties them.
+func TestImgTargetIsRead(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, `
+		qemu-img create -q -f qcow2 base.qcow2 1M
+		qemu-io -c 'write -P 7 0 1M' base.qcow2
+		qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 over.qcow2
+		qemu-img create -q -f qcow2 -b over.qcow2 -F qcow2 top.qcow2
+		qemu-img create -q -f qcow2 other.qcow2 1M
+		ln -s base.qcow2 link.qcow2
+	`)
+	before, err := os.ReadFile("base.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"create -f qcow2 -b ./base.qcow2 -F qcow2 base.qcow2", "create -f qcow2 -b base.qcow2 -F qcow2 link.qcow2",
+		"create -f qcow2 -b top.qcow2 -F qcow2 base.qcow2", "create -f qcow2 -u -b ./base.qcow2 -F qcow2 base.qcow2 1M",
+		"convert -O qcow2 -B base.qcow2 -F qcow2 other.qcow2 base.qcow2", "convert -O qcow2 -B top.qcow2 -F qcow2 other.qcow2 base.qcow2",
+		"convert -U -O qcow2 top.qcow2 base.qcow2", "convert -U -O raw over.qcow2 link.qcow2", "convert -U -n -O qcow2 over.qcow2 base.qcow2",
+		"convert -U -n -O qcow2 base.qcow2 base.qcow2", "convert -U -O raw other.qcow2 base.qcow2 link.qcow2",
+	} {
+		if r := runImg(t, split(line)...); r.code != 1 || r.stderr == "" {
+			t.Errorf("%s: %+v, want a refusal", line, r)
+		}
+		after, err := os.ReadFile("base.qcow2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(after) != string(before) {
+			t.Fatalf("%s: base.qcow2 has changed", line)
+		}
+	}
+}
+
 // TestImgProgress looks at the display while it moves.
 func TestImgProgress(t *testing.T) {
 	t.Chdir(t.TempDir())

@@ -2,7 +2,6 @@ package main
 
 import (
 	"math"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -184,7 +183,11 @@ func (v *imgConversion) run(c *imgContext) (err error) {
 		Granule:       v.sparse,
 	}
 	backing := v.backing
-	if !v.noCreate {
+	if v.noCreate {
+		if err := v.checkTarget(c); err != nil {
+			return err
+		}
+	} else {
 		t, err := newImgTarget(v.target, v.outFormat, strings.Join(v.options, ","), v.backing, v.backingFormat)
 		if err != nil {
 			return err
@@ -294,15 +297,25 @@ func (v *imgConversion) create(c *imgContext, t *imgTarget, size int64) error {
 			return err
 		}
 	}
-	for _, name := range v.sources {
-		if same, err := sameFile(name, v.target); err != nil {
-			return err
-		} else if same {
-			return imgErrorf("%s: error while converting %s: Failed to get \"write\" lock\nIs another process using the image [%s]?", v.target, v.outFormat, v.target)
-		}
+	if err := v.checkTarget(c); err != nil {
+		return err
 	}
 	if err := t.create(c); err != nil {
 		return imgErrorf("%s: error while converting %s: %v", v.target, v.outFormat, err)
+	}
+	return nil
+}
+
+// checkTarget refuses a target that a source reads. With force-share no lock would tell.
+func (v *imgConversion) checkTarget(c *imgContext) error {
+	for _, name := range v.sources {
+		if c.reads(name, v.format, v.target) {
+			what := v.target + ": error while converting " + v.outFormat
+			if v.noCreate {
+				what = "Could not open '" + v.target + "'"
+			}
+			return imgErrorf("%s: Failed to get \"write\" lock\nIs another process using the image [%s]?", what, v.target)
+		}
 	}
 	return nil
 }
@@ -320,25 +333,4 @@ func (v *imgConversion) tryBacking(c *imgContext, backing, format string) error 
 		return imgErrorf("Could not open '%s': Could not open backing file: %s", v.target, imgText(err))
 	}
 	return nil
-}
-
-// sameFile reports whether two image names mean one file. With force-share or
-// a raw source no lock would tell.
-func sameFile(a, b string) (bool, error) {
-	pathA, pathB := imagefile.HostPath(a), imagefile.HostPath(b)
-	if pathA == "" || pathB == "" {
-		return false, nil
-	}
-	stA, err := os.Stat(pathA)
-	if err != nil {
-		return false, imgErrorf("%s", imgText(err))
-	}
-	stB, err := os.Stat(pathB)
-	if os.IsNotExist(err) {
-		return false, nil
-	}
-	if err != nil {
-		return false, imgErrorf("%s", imgText(err))
-	}
-	return os.SameFile(stA, stB), nil
 }

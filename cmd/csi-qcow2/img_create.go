@@ -253,6 +253,12 @@ func (t *imgTarget) create(c *imgContext) (err error) {
 	} else if o.Preallocation, err = t.preallocation(); err != nil {
 		return err
 	}
+	if backing := t.params.get("backing_file"); backing != "" {
+		full, err := imagefile.FullBackingName(t.name, backing)
+		if err == nil && c.reads(full, t.params.get("backing_fmt"), t.name) {
+			return imgErrorf("Error: Trying to create an image with the same filename as the backing file")
+		}
+	}
 	f, err := imgCreateFile(t.name)
 	if err != nil {
 		return imgErrorf("%s", imgText(err))
