@@ -88,3 +88,47 @@ func TestIsDamage(t *testing.T) {
 		}
 	}
 }
+
+// A volume whose directories cannot be read keeps nobody from using the others.
+// Mended, it is what it was.
+func TestUnreadDirectoryHarmsNobodyElse(t *testing.T) {
+	const n = 1 << 20
+	for _, name := range []string{snapshotsDir, viewsDir, "."} {
+		t.Run(name, func(t *testing.T) {
+			dir := storagetest.MemoryDir(t)
+			p := openPool(t, dir, Options{})
+			a := create(t, p, "a", Source{})
+			write(t, p, a.ID, 0, 1, n)
+			s := snapshot(t, p, "s", a.ID)
+			c := create(t, p, "c", Source{Snapshot: s.ID})
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
+			}
+			lost := filepath.Join(dir, volumesDir, c.ID, name)
+			away := filepath.Join(storagetest.MemoryDir(t), "away")
+			if err := errors.Join(os.Rename(lost, away), os.WriteFile(lost, nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			p = openPool(t, dir, Options{})
+			if problem, err := p.Health(c.ID); err != nil || !errors.Is(problem, ErrDamaged) {
+				t.Errorf("health: %v, %v, want ErrDamaged", problem, err)
+			}
+			wantBytes(t, p, a.ID, 0, 1, n)
+			remove(t, p, s.ID, a.ID)
+			reap(t, p)
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.Remove(lost), os.Rename(away, lost)); err != nil {
+				t.Fatal(err)
+			}
+			p = newPoolIn(t, dir)
+			wantBytes(t, p, c.ID, 0, 1, n)
+			remove(t, p, c.ID)
+			reap(t, p)
+			if left := files(t, dir); len(left) > 0 {
+				t.Errorf("left: %q", left)
+			}
+		})
+	}
+}

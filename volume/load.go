@@ -42,49 +42,39 @@ func (p *Pool) load() error {
 // loadVolume reads the records and the header of one volume. Its error is that
 // of a pool that cannot be read; damage goes into the entry.
 func (p *Pool) loadVolume(id string) (*entry, error) {
-	dir := volumeDir(id)
-	if err := p.dir.RemoveTemporary(dir); err != nil {
-		return nil, err
-	}
 	e := newEntry(id)
-	var rec volumeRecord
-	err := durable.ReadRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, &rec)
-	switch {
-	case isDamage(err):
-		e.damage = err
-	case err != nil:
-		return nil, err
-	case rec.ID != id:
-		e.damage = fmt.Errorf("its record is that of %q", rec.ID)
-	default:
-		e.rec = &rec
-	}
-	if err := p.loadSnapshots(e); err != nil {
-		return nil, err
-	}
-	if err := p.loadViews(e); err != nil {
-		return nil, err
-	}
-	backing, err := p.readBacking(id)
-	if err != nil {
-		if !isDamage(err) {
+	for _, load := range []func(*entry) error{p.loadRecord, p.loadSnapshots, p.loadViews, p.loadBacking} {
+		if err := load(e); isDamage(err) {
+			e.damage = errors.Join(e.damage, err)
+		} else if err != nil {
 			return nil, err
 		}
-		e.damage, e.rec = errors.Join(e.damage, err), nil
-		p.blind = true
 	}
-	e.backing = backing
 	if e.damage != nil {
+		e.rec = nil
 		e.damage = fmt.Errorf("%w; mend or restore the file, or give the volume up by moving %q out of the pool; then start the node agent again",
-			e.damage, path.Join(p.path, dir))
+			e.damage, path.Join(p.path, volumeDir(id)))
 	}
 	return e, nil
 }
 
-// isDamage reports whether err, of reading a file of one volume, is about that file
-// alone: the others can be used all the same.
+func (p *Pool) loadRecord(e *entry) error {
+	dir := volumeDir(e.id)
+	if err := p.dir.RemoveTemporary(dir); err != nil {
+		return err
+	}
+	e.rec = new(volumeRecord)
+	err := durable.ReadRecord(p.dir, path.Join(dir, volumeRecName), volumeKind, volumeVersion, e.rec)
+	if err == nil && e.rec.ID != e.id {
+		err = fmt.Errorf("%w: its record is that of %q", ErrDamaged, e.rec.ID)
+	}
+	return err
+}
+
+// isDamage reports whether err, of reading a file or directory of one volume, is about
+// that alone: the others can be used all the same.
 func isDamage(err error) bool {
-	for _, target := range []error{durable.ErrDamaged, ErrDamaged, fs.ErrNotExist, unix.EIO, unix.EUCLEAN, unix.EBADMSG, unix.EISDIR, unix.ELOOP} {
+	for _, target := range []error{durable.ErrDamaged, ErrDamaged, fs.ErrNotExist, unix.EIO, unix.EUCLEAN, unix.EBADMSG, unix.EISDIR, unix.ENOTDIR, unix.ELOOP} {
 		if errors.Is(err, target) {
 			return true
 		}
@@ -113,7 +103,7 @@ func (p *Pool) loadSnapshots(e *entry) error {
 		}
 		if isDamage(err) {
 			// The image still has the internal snapshot. Keep the volume as it is.
-			e.damage, e.rec = errors.Join(e.damage, err), nil
+			e.damage = errors.Join(e.damage, err)
 			continue
 		}
 		if err != nil {
@@ -138,6 +128,15 @@ func (p *Pool) loadViews(e *entry) error {
 		e.views[snap] = true
 	}
 	return nil
+}
+
+// loadBacking reads the view that the header of e's image names as its backing file.
+// What an image reads that does not tell is not known: it may be any view.
+func (p *Pool) loadBacking(e *entry) (err error) {
+	if e.backing, err = p.readBacking(e.id); isDamage(err) {
+		p.blind = true
+	}
+	return err
 }
 
 // readBacking returns the view that the header of a volume's image names as its
