@@ -107,8 +107,7 @@ func (p *Pool) hiddenID(target string, e *entry) string {
 	defer p.mu.Unlock()
 	for n := 0; ; n++ {
 		id := p.makeID(kindHidden, target, n)
-		owner := p.snapshots[id]
-		if owner == nil || owner == e && !p.neededLocked(e, id) {
+		if owner := p.snapshots[id]; (owner == nil || owner == e) && !p.neededLocked(e, id) {
 			return id
 		}
 	}

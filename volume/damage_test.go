@@ -132,3 +132,49 @@ func TestUnreadDirectoryHarmsNobodyElse(t *testing.T) {
 		})
 	}
 }
+
+// What an overlay reads is not replaced by what is made under the same name when
+// the record of it is lost.
+func TestLostNameIsNotUsedAgain(t *testing.T) {
+	const n = 1 << 20
+	for _, what := range []string{"snapshot", "volume"} {
+		t.Run(what, func(t *testing.T) {
+			dir := storagetest.MemoryDir(t)
+			p := openPool(t, dir, Options{})
+			a := create(t, p, "a", Source{})
+			write(t, p, a.ID, 0, 1, n)
+			s := snapshot(t, p, "s", a.ID)
+			c := create(t, p, "c", Source{Snapshot: s.ID})
+			write(t, p, a.ID, 0, 2, n)
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
+			}
+			lost := filepath.Join(dir, snapshotRecName(a.ID, s.ID))
+			if what == "volume" {
+				lost = filepath.Join(dir, volumeDir(a.ID))
+			}
+			away := filepath.Join(storagetest.MemoryDir(t), "away")
+			if err := os.Rename(lost, away); err != nil {
+				t.Fatal(err)
+			}
+			p = openPool(t, dir, Options{})
+			again := a
+			if what == "volume" {
+				again = create(t, p, "a", Source{})
+				write(t, p, again.ID, 0, 2, n)
+			}
+			s2 := snapshot(t, p, "s", again.ID)
+			other := create(t, p, "other", Source{Snapshot: s2.ID})
+			wantBytes(t, p, other.ID, 0, 2, n)
+			if err := p.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(away, lost); err != nil {
+				t.Fatal(err)
+			}
+			p = newPoolIn(t, dir)
+			wantBytes(t, p, c.ID, 0, 1, n)
+			wantBytes(t, p, other.ID, 0, 2, n)
+		})
+	}
+}

@@ -158,8 +158,7 @@ func (p *Pool) GroupNamed(name string) (id string, exists bool) {
 // A member of an earlier group of the same ID may be a tombstone still.
 func (p *Pool) memberIDLocked(group, vol string) string {
 	for n := 0; ; n++ {
-		id := p.makeID(kindMember, group+" "+vol, n)
-		if e := p.snapshots[id]; e == nil || e.snapshots[id].State == snapshotCreating {
+		if id := p.makeID(kindMember, group+" "+vol, n); p.freeLocked(id, vol) {
 			return id
 		}
 	}

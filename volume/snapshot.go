@@ -92,12 +92,21 @@ func (p *Pool) snapshotIDFor(name, vol string) (string, *snapshotRecord) {
 		return rec.ID, rec
 	}
 	for n := 0; ; n++ {
-		id := p.makeID(kindSnapshot, name, n)
-		e := p.snapshots[id]
-		if e == nil || (e.id == vol && e.snapshots[id].State == snapshotCreating) {
+		if id := p.makeID(kindSnapshot, name, n); p.freeLocked(id, vol) {
 			return id, nil
 		}
 	}
+}
+
+// freeLocked reports whether a new snapshot of the volume vol may get the ID id: no
+// other has it but what an interrupted attempt left, and no overlay reads what had
+// it, whose record may be lost. The caller holds p.mu.
+func (p *Pool) freeLocked(id, vol string) bool {
+	if owner := p.snapshots[id]; owner != nil && (owner.id != vol || owner.snapshots[id].State != snapshotCreating) {
+		return false
+	}
+	e := p.volumes[vol]
+	return e == nil || !p.neededLocked(e, id)
 }
 
 // takeSnapshot takes the snapshot of rec, from its intent to its final record.

@@ -137,10 +137,21 @@ func (p *Pool) volumeIDFor(name string) (string, *volumeRecord) {
 	}
 	for n := 0; ; n++ {
 		id := p.makeID(kindVolume, name, n)
-		if p.volumes[id] == nil {
+		if p.volumes[id] == nil && !p.readLocked(id) {
 			return id, nil
 		}
 	}
+}
+
+// readLocked reports whether an overlay reads the volume id, which may be lost. The
+// caller holds p.mu.
+func (p *Pool) readLocked(id string) bool {
+	for _, e := range p.volumes {
+		if e.backing != nil && e.backing.Volume == id {
+			return true
+		}
+	}
+	return false
 }
 
 // VolumeNamed returns the ID of the volume that was created with name.
