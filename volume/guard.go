@@ -76,6 +76,7 @@ type guard struct {
 
 	mu       sync.Mutex
 	promised int64         // virtual sizes of volumes that are being made or expanded, bytes; guarded by mu
+	reserved int64         // what volumes that are being made take at once, bytes; guarded by mu
 	looked   chan struct{} // closed by the next look; nil when nobody waits for it; guarded by mu
 }
 
@@ -145,6 +146,19 @@ func (g *guard) bound(c Capacity) int64 {
 		return int64(bound)
 	}
 	return math.MaxInt64
+}
+
+// reserve counts n bytes that are about to be taken until kept is called, and returns
+// how many there are with those of others.
+func (g *guard) reserve(n int64) (sum int64, kept func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.reserved += n
+	return g.reserved, func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.reserved -= n
+	}
 }
 
 // reservable returns how many bytes of c can be taken at once.

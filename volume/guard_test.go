@@ -363,6 +363,44 @@ func TestReservationLeavesRoom(t *testing.T) {
 	}
 }
 
+// Reservations that are made at once leave what the guard keeps, all together.
+func TestReservationsAtOnceLeaveRoom(t *testing.T) {
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	var seen atomic.Bool
+	step := func(what string) error {
+		if strings.HasPrefix(what, "mkdir "+incomingDir+"/") && !seen.Swap(true) {
+			close(begun)
+			<-proceed
+		}
+		return nil
+	}
+	p := openPool(t, newFilesystem(t, "xfs"), Options{Guard: Guard{RefuseAt: 0.95, StopAt: 0.98}, step: step})
+	defer p.Close()
+	size := p.guard.opts.reservable(capacityOf(t, p)) / 3 * 2 &^ (SizeUnit - 1)
+	reserve := func(name string) error {
+		req := sized(name, size)
+		req.Params.Preallocation = qcow2.PreallocationFalloc
+		_, err := p.Create(t.Context(), req)
+		return err
+	}
+	made := make(chan error, 1)
+	go func() { made <- reserve("one") }()
+	<-begun
+	if err := reserve("two"); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("beside one of the same size: got %v, want ErrNoSpace", err)
+	}
+	close(proceed)
+	if err := <-made; err != nil {
+		t.Errorf("one: %v", err)
+	}
+	if level := p.Level(capacityOf(t, p)); level >= LevelRefuse {
+		t.Errorf("the pool is at level %d after the reservations", level)
+	}
+	if p.guard.reserved != 0 {
+		t.Errorf("%d bytes are still being reserved", p.guard.reserved)
+	}
+}
+
 // A pool whose file system takes no writes has no room, and says why.
 func TestReadOnlyPool(t *testing.T) {
 	dir := newFilesystem(t, "xfs")

@@ -108,9 +108,11 @@ func (p *Pool) create(ctx context.Context, req CreateRequest) (Volume, error) {
 		if rec.Size, err = req.Size.pick(defaultIfZero(req.Size, DefaultSize)); err != nil {
 			return Volume{}, err
 		}
-		if err := p.checkSpace(rec); err != nil {
+		kept, err := p.reserve(rec)
+		if err != nil {
 			return Volume{}, err
 		}
+		defer kept()
 		return p.build(ctx, rec, p.newImage(rec, nil))
 	}
 	return p.createFrom(ctx, req, rec)
@@ -190,23 +192,28 @@ func compatible(rec *volumeRecord, req CreateRequest) (Volume, error) {
 	return Volume{}, fmt.Errorf("%w: volume %q has another %s", ErrIncompatible, req.Name, differs)
 }
 
-// checkSpace refuses what cannot be reserved: a reservation leaves the space that
+// reserve refuses what cannot be reserved: a reservation leaves the space that
 // the pool's Guard keeps, or no volume could be written or made beside it. Volumes
-// without preallocation are thin: they may promise more than the pool holds.
-func (p *Pool) checkSpace(rec volumeRecord) error {
+// without preallocation are thin: they may promise more than the pool holds. The
+// caller calls kept when the space is taken, or will not be. What is taken already
+// counts twice until then, so that one of two that are made at once may be refused.
+func (p *Pool) reserve(rec volumeRecord) (kept func(), err error) {
 	size := rec.Params.reserved(rec.Size)
 	if size == 0 {
-		return nil
+		return func() {}, nil
 	}
-	c, err := p.Capacity()
+	sum, kept := p.guard.reserve(size)
+	c, err := p.Capacity() // afterwards: what others have taken is gone from it, or in the sum
 	if err != nil {
-		return err
+		kept()
+		return nil, err
 	}
-	if room := p.guard.opts.reservable(c); size > room {
-		return fmt.Errorf("%w: %d bytes to reserve in pool %q, and %d of the %d that are left may be; free space, add some, or use preallocation=off",
-			ErrNoSpace, size, p.path, room, c.Available)
+	if room := p.guard.opts.reservable(c); sum > room {
+		kept()
+		return nil, fmt.Errorf("%w: %d bytes to reserve in pool %q, %d with others at once, and %d of the %d that are left may be; free space, add some, or use preallocation=off",
+			ErrNoSpace, size, p.path, sum, room, c.Available)
 	}
-	return nil
+	return kept, nil
 }
 
 // An imageMaker makes the image of a new volume as the new file name, durably, and
