@@ -130,6 +130,46 @@ func TestImgTargetIsRead(t *testing.T) {
 	}
 }
 
+// TestImgWithoutSpace lets what takes space in advance fail: it leaves nothing behind.
+func TestImgWithoutSpace(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=3M", "none", dir).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %v: %s (the test needs root)", err, out)
+	}
+	defer func() {
+		if out, err := exec.Command("umount", "--lazy", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	}()
+	t.Chdir(dir)
+	if err := os.WriteFile("old.raw", make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		line, file string
+		size       int64
+	}{
+		{"create -f raw -o preallocation=full new.raw 8M", "new.raw", 0},
+		{"create -f raw -o preallocation=falloc new.raw 8M", "new.raw", 0},
+		{"create -f qcow2 -o preallocation=full new.qcow2 8M", "new.qcow2", 0},
+		{"create -f qcow2 -o preallocation=falloc new.qcow2 8M", "new.qcow2", 0},
+		{"resize -f raw --preallocation=full old.raw 8M", "old.raw", 1 << 20},
+		{"resize -f raw --preallocation=falloc old.raw 8M", "old.raw", 1 << 20},
+	} {
+		r := runImg(t, split(tt.line)...)
+		if r.code != 1 || !strings.Contains(r.stderr, "No space left on device") {
+			t.Errorf("%s: %+v", tt.line, r)
+		}
+		if st, err := os.Stat(tt.file); err != nil || st.Size() != tt.size {
+			t.Errorf("%s: %v, %v; want %d bytes", tt.line, st, err, tt.size)
+		}
+		if used, err := hostBytes(tt.file); err != nil || used != tt.size {
+			t.Errorf("%s: the file takes %d bytes (%v), want %d", tt.line, used, err, tt.size)
+		}
+	}
+}
+
 // TestImgProgress looks at the display while it moves.
 func TestImgProgress(t *testing.T) {
 	t.Chdir(t.TempDir())

@@ -280,7 +280,7 @@ func (t *imgTarget) create(c *imgContext) (err error) {
 		t.device = true // it stays as it is
 	case t.params.format == "qcow2":
 		if err = f.Truncate(0); err == nil {
-			err = qcow2.Create(c, f, t.size, o)
+			err = wholeOrEmpty(f, qcow2.Create(c, f, t.size, o))
 		}
 	default:
 		err = createRaw(c, f, t.size, o.Preallocation)
@@ -322,13 +322,22 @@ func createRaw(c *imgContext, f *qcow2.OSFile, size int64, mode qcow2.Preallocat
 		return fmt.Errorf("size %d: %w", size, unix.EFBIG)
 	}
 	size = (size + 511) &^ 511
-	if err := errors.Join(f.Truncate(0), f.Truncate(size)); err != nil {
-		return err
+	err := errors.Join(f.Truncate(0), f.Truncate(size))
+	if err == nil {
+		err = preallocateRaw(c, f, 0, size, mode)
 	}
-	if err := preallocateRaw(c, f, 0, size, mode); err != nil {
-		return err
+	if err == nil {
+		err = f.Datasync()
 	}
-	return f.Datasync()
+	return wholeOrEmpty(f, err)
+}
+
+// wholeOrEmpty gives back the space of an image whose making has failed with err.
+func wholeOrEmpty(f *qcow2.OSFile, err error) error {
+	if err == nil {
+		return nil
+	}
+	return errors.Join(err, f.Truncate(0))
 }
 
 // preallocateRaw gives [off, end) of a raw image its space.

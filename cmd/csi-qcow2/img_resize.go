@@ -139,7 +139,10 @@ func (c *imgContext) resizeRaw(disk qcow2.Disk, old, size int64, mode qcow2.Prea
 	}
 	err := raw.Resize(c, size)
 	if err == nil && size > old {
-		err = preallocateRaw(c, raw.File(), old, size, mode)
+		if err = preallocateRaw(c, raw.File(), old, size, mode); err != nil {
+			// What there was room for goes back, whoever interrupted us.
+			err = errors.Join(err, raw.Resize(context.WithoutCancel(c), old))
+		}
 	}
 	if errors.Is(err, errors.ErrUnsupported) {
 		return imgErrorf("Unsupported preallocation mode: %s", mode)
