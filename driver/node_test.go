@@ -23,6 +23,30 @@ func wantCode(t *testing.T, what string, err error, want codes.Code) {
 	}
 }
 
+// No more volumes are staged than the node may have, also when they are staged at once.
+func TestStageLimit(t *testing.T) {
+	const limit, volumes = 5, 20 // limit is the rig's
+	r := newRig(t)
+	begin, ended := make(chan struct{}), make(chan codes.Code, volumes)
+	for i := range volumes {
+		req := r.stageRequest(r.volume(fmt.Sprint("v", i), nil), mountCap(""))
+		req.StagingTargetPath = r.path(fmt.Sprint("staging", i))
+		go func() { // ends when its call does
+			<-begin
+			_, err := r.NodeStageVolume(t.Context(), req)
+			ended <- status.Code(err)
+		}()
+	}
+	close(begin)
+	got := make(map[codes.Code]int)
+	for range volumes {
+		got[<-ended]++
+	}
+	if got[codes.OK] != limit || got[codes.ResourceExhausted] != volumes-limit {
+		t.Errorf("%d volumes at once: got %v, want %d staged", volumes, got, limit)
+	}
+}
+
 // TestNodeStepsKilled kills the driver at each change of stage, publish,
 // unpublish and unstage; the next driver repeats the RPC. At the end the volume is
 // published exactly once, or gone, and was formatted by rule.

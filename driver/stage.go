@@ -78,9 +78,6 @@ func (d *Driver) stage(ctx context.Context, want stageHint) error {
 
 // attach opens the image of a volume and makes a device of it.
 func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volume, want stageHint) (_ *stagedVolume, err error) {
-	if err := d.checkLimit(); err != nil {
-		return nil, err
-	}
 	boot, err := bootID()
 	if err != nil {
 		return nil, err
@@ -88,6 +85,15 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	want.BootID, want.Cache = boot, d.opts.CacheID
 	want.Generation = max(want.Generation+1, time.Now().UnixMilli())
 	v := &stagedVolume{hint: want, loss: errAttaching} // for those who look without the volume's lock
+	if err := d.claimPlace(v); err != nil {
+		return nil, err
+	}
+	remembered := false
+	defer func() {
+		if !remembered {
+			d.drop(want.Volume)
+		}
+	}()
 	disk, err := pool.Open(ctx, want.Volume)
 	if err != nil {
 		return nil, err
@@ -101,6 +107,7 @@ func (d *Driver) attach(ctx context.Context, pool *volume.Pool, vol volume.Volum
 	if err := d.remember(v); err != nil { // before the kernel knows of it
 		return nil, errors.Join(err, disk.Close())
 	}
+	remembered = true
 	backend, pause, options := d.exported(pool, disk, vol, &want)
 	device, err := d.opts.Attacher.Attach(ctx, backend, options)
 	if err != nil {
@@ -131,13 +138,15 @@ func (d *Driver) exported(pool *volume.Pool, disk *volume.Disk, vol volume.Volum
 		nbdexport.DeviceOptions{ID: h.deviceID(), ReadOnly: h.Block && h.readOnly(), Discard: vol.Params.Discard}
 }
 
-// checkLimit refuses one more staged volume than the node may have.
-func (d *Driver) checkLimit() error {
+// claimPlace puts v among the staged volumes, or refuses one more than the node may
+// have: of those that are staged at once, each counts from here on.
+func (d *Driver) claimPlace(v *stagedVolume) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.opts.MaxVolumes > 0 && int64(len(d.staged)) >= d.opts.MaxVolumes {
 		return fmt.Errorf("%w: %d are staged, which is the limit of node %s (--max-volumes)", errLimit, len(d.staged), d.opts.NodeID)
 	}
+	d.staged[v.hint.Volume] = v
 	return nil
 }
 

@@ -117,14 +117,19 @@ func (d *Driver) put(v *stagedVolume) {
 	d.staged[v.hint.Volume] = v
 }
 
+// drop takes the volume id away in this process.
+func (d *Driver) drop(id string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.staged, id)
+}
+
 // forget removes what is remembered of the volume id.
 func (d *Driver) forget(id string) error {
 	if err := d.runDir.Remove(hintName(id)); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	delete(d.staged, id)
-	d.mu.Unlock()
+	d.drop(id)
 	d.meters.Delete(id)
 	d.usages.Delete(id)
 	return nil
