@@ -4,6 +4,7 @@ import (
 	"context"
 	"testing"
 
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -49,5 +50,29 @@ func TestSetBackingWhileRead(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+	mustClose(t, im)
+}
+
+// TestSetBackingAfterRefcountTableGrew renames the backing file of an image whose
+// refcount table has moved since it was opened: the header must name the new one.
+func TestSetBackingAfterRefcountTableGrew(t *testing.T) {
+	const size = 16 << 20 // a refcount table of 512 bytes counts 8 MiB
+	d := newDisk(t, size, qcow2.CreateOptions{ClusterSize: 512, BackingFile: "old", BackingFormat: "raw"})
+	o := qcow2.Options{OpenBacking: func(context.Context, string, string) (qcow2.Disk, error) {
+		return qcow2.OpenRaw(storagetest.NewDisk(), qcow2.RawOptions{Size: size})
+	}}
+	im := openDisk(t, d, o)
+	want := fill(size, 1)
+	if _, err := im.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.SetBacking(t.Context(), "new", "raw"); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, im, true)
+	mustClose(t, im)
+	im = openDisk(t, d, o)
+	wantSame(t, "the disk", readAll(t, im), want)
+	checkClean(t, im, true)
 	mustClose(t, im)
 }

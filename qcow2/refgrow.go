@@ -175,6 +175,9 @@ func (im *Image) growReftable(table int) error {
 	a.reftable.Store(&reftable)
 	a.reftableOff = g.hostOffset(at)
 	a.mu.Unlock()
+	im.hdrMu.Lock() // SetBacking writes all of the header
+	im.hdr.refcountTableOffset, im.hdr.refcountTableClusters = g.hostOffset(at), uint32(clusters)
+	im.hdrMu.Unlock()
 	_ = im.guardTables() // an overlap was refused at open, and alloc makes none
 	im.release(g.hostCluster(oldOff), g.clusters(int64(len(old)*entryBytes)), true)
 	return nil
