@@ -16,6 +16,7 @@ import (
 	"csi-qcow2/internal/imagebackend"
 	"csi-qcow2/internal/imagefile"
 	"csi-qcow2/nbdexport"
+	"csi-qcow2/qcow2"
 )
 
 // nbdFlags are the flags of the nbd subcommand, as qemu-nbd has them.
@@ -150,33 +151,32 @@ func parseLoadSnapshot(s string) (string, error) {
 
 // serveNBD serves the image file name until ctx ends, or, unless f.persistent,
 // until the last client has gone. Then the image is flushed and closed.
-func serveNBD(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) (err error) {
+func serveNBD(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) error {
+	var kept *nbdRunDir
 	if f.runDir != "" {
-		r, err := openNBDRunDir(f.runDir, name, &o)
-		if err != nil {
+		var err error
+		if kept, err = openNBDRunDir(f.runDir, name, &o); err != nil {
 			return fmt.Errorf("nbd: %w", err)
 		}
-		err = serveImage(ctx, f, name, o)
-		return errors.Join(err, r.close(err == nil))
 	}
-	return serveImage(ctx, f, name, o)
-}
-
-// serveImage is serveNBD without a run directory.
-func serveImage(ctx context.Context, f *nbdFlags, name string, o imagefile.Options) (err error) {
 	disk, info, err := imagefile.Open(ctx, name, o)
 	if err != nil {
 		var path *fs.PathError
 		if errors.As(err, &path) && path.Op == "open" && path.Path == name {
 			err = path.Err // the rest is said here
 		}
-		return fmt.Errorf("nbd: open %q: %w", name, err)
+		return errors.Join(fmt.Errorf("nbd: open %q: %w", name, err), kept.unopened())
 	}
-	defer func() {
-		if closeErr := disk.Close(); closeErr != nil {
-			err = errors.Join(err, fmt.Errorf("nbd: close %q: %w", name, closeErr))
-		}
-	}()
+	err = serveDisk(ctx, f, name, disk, info, o.CacheMode)
+	closeErr := disk.Close()
+	if closeErr != nil {
+		err = errors.Join(err, fmt.Errorf("nbd: close %q: %w", name, closeErr))
+	}
+	return errors.Join(err, kept.close(closeErr == nil))
+}
+
+// serveDisk is serveNBD for an open image.
+func serveDisk(ctx context.Context, f *nbdFlags, name string, disk qcow2.Disk, info imagefile.Info, mode imagefile.CacheMode) error {
 	if info.Probed && info.Format == "raw" && !f.readOnly {
 		fmt.Fprintf(os.Stderr, "csi-qcow2: warning: format of %q was not given and probing guessed raw; writes to its first sector are restricted: give -f raw\n", name)
 	}
@@ -193,7 +193,7 @@ func serveImage(ctx context.Context, f *nbdFlags, name string, o imagefile.Optio
 	})
 	backend := imagebackend.New(disk, imagebackend.Options{
 		IgnoreDiscard: !f.passDiscard(),
-		Direct:        o.CacheMode == imagefile.CacheNone || o.CacheMode == imagefile.CacheDirectsync,
+		Direct:        mode == imagefile.CacheNone || mode == imagefile.CacheDirectsync,
 	})
 	export := &nbdexport.Export{Name: f.name, Description: f.description, Backend: backend, ReadOnly: f.readOnly}
 	if err := server.AddExport(export); err != nil {

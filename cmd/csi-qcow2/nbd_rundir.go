@@ -19,10 +19,11 @@ import (
 const servingName = "serving"
 
 // An nbdRunDir is what a server keeps across its own death: the metadata cache,
-// and the name of its image.
+// and the name of its image. A nil one keeps nothing.
 type nbdRunDir struct {
 	path   string
 	tables *arena
+	left   bool // a server that was killed has left something here
 }
 
 // openNBDRunDir prepares dir for serving the image file name, and sets in o what
@@ -39,7 +40,7 @@ func openNBDRunDir(dir, name string, o *imagefile.Options) (*nbdRunDir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("run directory %q: %w", dir, err)
 	}
-	r := &nbdRunDir{dir, tables}
+	r := &nbdRunDir{path: dir, tables: tables}
 	// The arena's lock is ours now: nobody else writes here.
 	previous, err := os.ReadFile(r.serving())
 	switch {
@@ -53,13 +54,23 @@ func openNBDRunDir(dir, name string, o *imagefile.Options) (*nbdRunDir, error) {
 	}
 	sum := sha256.Sum256([]byte(name))
 	o.Cache, o.ID, o.Unclean = tables.Cache, [16]byte(sum[:16]), previous != nil
+	r.left = previous != nil
 	return r, nil
 }
 
 func (r *nbdRunDir) serving() string { return filepath.Join(r.path, servingName) }
 
+// unopened ends the use of the directory for an image that could not be opened: of that nothing is kept
+// but what a killed server has left.
+func (r *nbdRunDir) unopened() error {
+	return r.close(r == nil || !r.left)
+}
+
 // close ends the use of the directory. clean says that the image was closed.
 func (r *nbdRunDir) close(clean bool) error {
+	if r == nil {
+		return nil
+	}
 	var err error
 	if clean {
 		err = os.Remove(r.serving())

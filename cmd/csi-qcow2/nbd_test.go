@@ -75,6 +75,31 @@ func TestNBDOpenErrors(t *testing.T) {
 	}
 }
 
+// TestNBDRunDirOfAServerThatNeverServed checks that a run directory serves another image after one
+// that could not be served, and no other image after a server that was killed.
+func TestNBDRunDirOfAServerThatNeverServed(t *testing.T) {
+	dir := t.TempDir()
+	runDir, killed := filepath.Join(dir, "run"), newImage(t, "qcow2")
+	refused := func(want string, args ...string) {
+		t.Helper()
+		var out, stderr bytes.Buffer
+		args = append([]string{"nbd", "-f", "qcow2", "--run-dir", runDir}, args...)
+		if code := run(t.Context(), args, strings.NewReader(""), &out, &stderr); code != exitError || !strings.Contains(stderr.String(), want) {
+			t.Errorf("%q: exit code %d, %q; want %d and a message with %q", args, code, &stderr, exitError, want)
+		}
+	}
+	missing := filepath.Join(dir, "missing")
+	refused("open \""+missing, "-k", filepath.Join(dir, "s"), missing)
+	refused("no/s", "-k", filepath.Join(dir, "no", "s"), newImage(t, "qcow2"))
+	startNBD(t, "-t", "-f", "qcow2", "--run-dir", runDir, killed).kill()
+	away := killed + ".away"
+	if err := os.Rename(killed, away); err != nil {
+		t.Fatal(err)
+	}
+	refused("open \""+killed, "-k", filepath.Join(dir, "s"), killed)
+	refused("was killed", "-k", filepath.Join(dir, "s"), away)
+}
+
 // newImage makes an image of 64 MiB with some content.
 func newImage(t *testing.T, format string) string {
 	t.Helper()
