@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	"csi-qcow2/internal/durable"
+	"csi-qcow2/internal/panics"
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/volume"
 )
@@ -188,9 +189,12 @@ func change[T any](ctx context.Context, d *Driver, id string, fn func(context.Co
 	d.work.Add(1)
 	go func() { // ends when fn does; Drain waits for it
 		defer d.work.Done()
-		r := guard(context.WithoutCancel(ctx), fn)
+		value, err := panics.Catch(func() (T, error) { return fn(context.WithoutCancel(ctx)) })
 		unlock()
-		done <- r
+		if ctx.Err() != nil { // nobody may be there to hear of it
+			logPanic(ctx, err)
+		}
+		done <- outcome[T]{value, err}
 	}()
 	select {
 	case r := <-done:
@@ -203,17 +207,6 @@ func change[T any](ctx context.Context, d *Driver, id string, fn func(context.Co
 type outcome[T any] struct {
 	value T
 	err   error
-}
-
-// guard is recoverPanics for a detached change.
-func guard[T any](ctx context.Context, fn func(context.Context) (T, error)) (r outcome[T]) {
-	defer func() {
-		if p := recover(); p != nil {
-			r.err = fmt.Errorf("panic: %v", p)
-		}
-	}()
-	r.value, r.err = fn(ctx)
-	return r
 }
 
 // A keyLock is a set of locks by name that never waits.

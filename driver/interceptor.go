@@ -2,9 +2,9 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
-	"runtime/debug"
 	"sync"
 	"time"
 
@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"k8s.io/klog/v2"
+
+	"csi-qcow2/internal/panics"
 )
 
 // The interceptors of every RPC, outermost first: count and log see the status
@@ -55,20 +57,24 @@ func loggable(req any) any {
 func makeStatus(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	resp, err := handler(ctx, req)
 	if err != nil {
+		logPanic(ctx, err)
 		return nil, toStatus(err)
 	}
 	return resp, nil
 }
 
-// recoverPanics keeps a bug in one RPC from ending the devices of all volumes.
-func recoverPanics(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			klog.FromContext(ctx).Error(nil, "panic", "method", info.FullMethod, "value", r, "stack", string(debug.Stack()))
-			resp, err = nil, fmt.Errorf("panic in %s: %v", path.Base(info.FullMethod), r)
-		}
-	}()
-	return handler(ctx, req)
+// recoverPanics keeps a bug in the handler of one RPC from ending the devices of all
+// volumes; change does the same for its goroutine, and package volume for the opening
+// of images. A bug in what changes a pool ends the process: see volume.Pool.
+func recoverPanics(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	return panics.Catch(func() (any, error) { return handler(ctx, req) })
+}
+
+// logPanic says where a panic was, if err is one that was caught.
+func logPanic(ctx context.Context, err error) {
+	if p := (*panics.Error)(nil); errors.As(err, &p) {
+		klog.FromContext(ctx).Error(nil, "panic", "value", p.Value, "stack", p.Stack)
+	}
 }
 
 // calls counts the RPCs under way and refuses new ones while draining.

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"csi-qcow2/cache"
+	"csi-qcow2/internal/panics"
 	"csi-qcow2/qcow2"
 )
 
@@ -76,5 +77,37 @@ func TestHealthOfFailedImage(t *testing.T) {
 	}
 	if err := errors.Join(pool.Close(), tables.Close()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// panicking is a file whose reads panic, as a bug in what reads them would.
+type panicking struct{ qcow2.File }
+
+func (panicking) ReadAt([]byte, int64) (int, error) { panic("bug") }
+
+// An image that makes the program panic when it is opened costs its own volume, and
+// those that read it, not the process.
+func TestPanicWhileOpening(t *testing.T) {
+	var broken atomic.Bool
+	p := openPool(t, t.TempDir(), Options{wrapFile: func(f qcow2.File) qcow2.File {
+		if broken.Load() {
+			return panicking{f}
+		}
+		return f
+	}})
+	v, other := create(t, p, "v", Source{}), create(t, p, "other", Source{})
+	broken.Store(true)
+	var caught *panics.Error
+	if _, err := p.Open(t.Context(), v.ID); !errors.As(err, &caught) {
+		t.Fatalf("open: %v, want the panic", err)
+	}
+	broken.Store(false)
+	if problem, err := p.Health(v.ID); err != nil || !errors.As(problem, &caught) {
+		t.Errorf("health: %v, %v, want the panic", problem, err)
+	}
+	write(t, p, other.ID, 0, 1, 1<<20)
+	wantBytes(t, p, other.ID, 0, 1, 1<<20)
+	if err := p.Close(); err != nil {
+		t.Error(err)
 	}
 }

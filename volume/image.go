@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"csi-qcow2/internal/panics"
 	"csi-qcow2/qcow2"
 )
 
@@ -64,10 +65,26 @@ func (p *Pool) wrap(f qcow2.File) qcow2.File {
 	return p.opts.wrapFile(f)
 }
 
-// openImage opens the image of the volume id read-write, for all its users. An
-// image that was not closed is checked first and its leaks are repaired.
-func (p *Pool) openImage(ctx context.Context, id string) (_ *qcow2.Image, err error) {
-	defer func() { p.noteFailure(id, err) }()
+// caught returns open with its panic as its error: nobody has what was opened by half,
+// and an image whose content makes the program panic must not end each process that
+// comes, and with it the devices of all volumes. It cannot be opened again by this one.
+func caught[K comparable](open func(context.Context, K) (*qcow2.Image, error)) func(context.Context, K) (*qcow2.Image, error) {
+	return func(ctx context.Context, k K) (*qcow2.Image, error) {
+		return panics.Catch(func() (*qcow2.Image, error) { return open(ctx, k) })
+	}
+}
+
+// openImage opens the image of the volume id read-write, for all its users, and
+// remembers why it could not.
+func (p *Pool) openImage(ctx context.Context, id string) (*qcow2.Image, error) {
+	im, err := caught(p.openDurably)(ctx, id)
+	p.noteFailure(id, err)
+	return im, err
+}
+
+// openDurably marks the volume id as open and opens its image. An image that was not
+// closed is checked first and its leaks are repaired.
+func (p *Pool) openDurably(ctx context.Context, id string) (*qcow2.Image, error) {
 	e := p.find(id)
 	if e == nil {
 		return nil, fmt.Errorf("%w: volume %q", ErrNotFound, id)

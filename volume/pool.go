@@ -136,7 +136,7 @@ func Open(ctx context.Context, path string, o Options) (_ *Pool, err error) {
 	p.guard.opts = o.Guard
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	p.images = shared[string, *qcow2.Image]{ctx: p.ctx, open: p.openImage, shut: p.shutImage, workers: &p.workers}
-	p.views = shared[viewRef, *qcow2.Image]{ctx: p.ctx, open: p.openView, shut: shutView, workers: &p.workers}
+	p.views = shared[viewRef, *qcow2.Image]{ctx: p.ctx, open: caught(p.openView), shut: shutView, workers: &p.workers}
 	defer func() {
 		if err != nil {
 			p.cancel()
@@ -307,7 +307,9 @@ func (p *Pool) ID() string { return p.uuid[:8] }
 func (p *Pool) Path() string { return p.path }
 
 // detach runs a change that goes on when its caller leaves. The caller gets
-// ctx's error then; a retry gets ErrBusy until the change has ended.
+// ctx's error then; a retry gets ErrBusy until the change has ended. A panic of the
+// change ends the process: what is half changed in memory must not be written on, and
+// the next process goes on from what is whole, as after any other death.
 func detach[T any](ctx context.Context, p *Pool, change func(context.Context) (T, error)) (T, error) {
 	var none T
 	p.mu.Lock()
