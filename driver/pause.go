@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -24,9 +25,11 @@ import (
 type pausing struct {
 	*imagebackend.Backend
 	pool    roomy
-	ctx     context.Context // ends all waits, by giveUp or leave
-	end     context.CancelCauseFunc
 	waiting atomic.Int64 // writes
+
+	mu  sync.Mutex
+	ctx context.Context // ends all waits, by giveUp or leave; guarded by mu
+	end context.CancelCauseFunc
 }
 
 // roomy is the part of a *volume.Pool that pauses need.
@@ -38,24 +41,42 @@ type roomy interface {
 
 func newPausing(b *imagebackend.Backend, pool roomy) *pausing {
 	p := &pausing{Backend: b, pool: pool}
-	p.ctx, p.end = context.WithCancelCause(context.Background())
+	p.resume()
 	return p
 }
 
-// giveUp makes the writes that wait fail with ENOSPC, and all later ones that
-// would: for when somebody must not wait for them.
-func (p *pausing) giveUp() {
-	if p != nil {
-		p.end(nil)
+// resume lets later writes wait, after giveUp too: for when the volume is used on.
+func (p *pausing) resume() {
+	if p == nil {
+		return
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ctx, p.end = context.WithCancelCause(context.Background())
 }
+
+// giveUp makes the writes that wait fail with ENOSPC, and all later ones that
+// would until resume: for when somebody must not wait for them.
+func (p *pausing) giveUp() { p.stop(nil) }
 
 // leave leaves the writes that wait, and all later ones that would, to the next
 // process, which waits anew: for when the device is left, and survives that.
-func (p *pausing) leave() {
-	if p != nil {
-		p.end(nbdexport.ErrUnanswered)
+func (p *pausing) leave() { p.stop(nbdexport.ErrUnanswered) }
+
+func (p *pausing) stop(cause error) {
+	if p == nil {
+		return
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.end(cause)
+}
+
+// waits returns what ends the waits that begin now.
+func (p *pausing) waits() context.Context {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ctx
 }
 
 // paused returns how many writes wait.
@@ -104,7 +125,7 @@ func (p *pausing) retry(err error, write func() error) error {
 	}
 	p.waiting.Add(1)
 	defer p.waiting.Add(-1)
-	ctx, cancel := context.WithTimeout(p.ctx, p.pool.Pause())
+	ctx, cancel := context.WithTimeout(p.waits(), p.pool.Pause())
 	defer cancel()
 	for errors.Is(err, syscall.ENOSPC) && p.pool.AwaitRoom(ctx) == nil {
 		err = write()

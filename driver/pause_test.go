@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"csi-qcow2/internal/imagebackend"
 	"csi-qcow2/nbdexport"
 	"csi-qcow2/nbdexport/nbdtest"
@@ -171,6 +173,37 @@ func TestPauseEnds(t *testing.T) {
 				t.Errorf("counted as refused: %v", got)
 			}
 		})
+	}
+}
+
+// TestPauseAfterFailedUnstage: writes of who keeps a volume from being unstaged wait
+// for space as before.
+func TestPauseAfterFailedUnstage(t *testing.T) {
+	r := newGuardedRig(t, volume.Guard{StopAt: 1e-9, Pause: time.Hour})
+	id := r.volume("v", nil)
+	if err := r.stage(id, blockCap()); err != nil {
+		t.Fatal(err)
+	}
+	device := r.kernel.devices[r.driver.stagedVolume(id).device.Path()]
+	hold := func(held bool) {
+		r.kernel.mu.Lock()
+		defer r.kernel.mu.Unlock()
+		device.held = held
+	}
+	hold(true)
+	wantCode(t, "unstage of a device that is held", r.unstage(id), codes.Aborted)
+	done := make(chan error, 1)
+	go func() { // ends with the unstage at the latest
+		_, err := device.backend.WriteAt(bytes.Repeat([]byte{1}, 4096), 0)
+		done <- err
+	}()
+	r.awaitReason(id, reasonWritesPaused)
+	hold(false)
+	if err := r.unstage(id); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("the write that waited: %v, want ENOSPC", err)
 	}
 }
 

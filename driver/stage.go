@@ -265,9 +265,16 @@ const detachTimeout = time.Minute
 
 // release unmounts, detaches and closes v, and forgets it. Of a lost volume the
 // mounts are detached whoever uses them: nobody can use them any more. What it
-// could not do is left for the next call.
+// could not do is left for the next call; who uses the device still may wait for
+// space again until then.
 func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error {
 	v.pause.giveUp() // the kernel unmounts and detaches after the last write
+	detached := false
+	defer func() {
+		if !detached {
+			v.pause.resume()
+		}
+	}()
 	paths := []string{v.hint.StagingPath}
 	if lost {
 		for target := range v.hint.Targets {
@@ -289,6 +296,7 @@ func (d *Driver) release(ctx context.Context, v *stagedVolume, lost bool) error 
 		}
 		errs = append(errs, err)
 	}
+	detached = true
 	if v.disk != nil {
 		errs = append(errs, v.disk.Close())
 	}
