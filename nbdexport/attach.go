@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"csi-qcow2/internal/durable"
 )
 
@@ -50,12 +52,17 @@ type attached struct {
 }
 
 // deviceNames makes the name under which the kernel shows a device, ID@tag. The tag is of the
-// run-dir, so that a process takes no device of another one for its own.
+// run-dir, so that a process takes no device of another one for its own: of the directory itself, not of its
+// path, which may be another directory in the next container of the same kernel.
 type deviceNames struct{ suffix string }
 
-func newDeviceNames(runDir string) deviceNames {
-	sum := sha256.Sum256([]byte(runDir))
-	return deviceNames{suffix: "@" + hex.EncodeToString(sum[:4])}
+func newDeviceNames(runDir *durable.Dir) (deviceNames, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(runDir.Fd(), &st); err != nil {
+		return deviceNames{}, &os.PathError{Op: "stat", Path: runDir.Path(), Err: err}
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d:%d", st.Dev, st.Ino)) // devices do not outlive a reboot either
+	return deviceNames{suffix: "@" + hex.EncodeToString(sum[:4])}, nil
 }
 
 // name is the name of the device with an ID.
@@ -99,7 +106,10 @@ func NewAttacher(kind string, o AttacherOptions) (_ *Attacher, err error) {
 			err = errors.Join(err, dir.Close())
 		}
 	}()
-	names := newDeviceNames(o.RunDir)
+	names, err := newDeviceNames(dir)
+	if err != nil {
+		return nil, err
+	}
 	nbd, err := newNBDDriver(dir, names, o.DeadConnTimeout)
 	if err != nil {
 		return nil, err

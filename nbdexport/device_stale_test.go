@@ -193,6 +193,36 @@ func TestStaleAfterDetachedMount(t *testing.T) {
 	checkNothingLeft(t, runDir)
 }
 
+// TestStaleOfAnotherDirectoryOfThePath takes a device of a process for nobody's, whose run-dir has the same path
+// and is another directory: the kernel is one, mount namespaces are many.
+func TestStaleOfAnotherDirectoryOfThePath(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "run")
+	a, err := nbdexport.NewAttacher(nbdexport.KindFUSE, nbdexport.AttacherOptions{RunDir: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := attach(t, a, newBackend(t, 8<<20), nbdexport.DeviceOptions{ID: "vol-1.g1"})
+	theirs := path + ".theirs"
+	if err := os.Rename(path, theirs); err != nil {
+		t.Fatal(err)
+	}
+	b, err := nbdexport.NewAttacher(nbdexport.KindFUSE, nbdexport.AttacherOptions{RunDir: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale, err := b.Stale(t.Context())
+	if err != nil || len(stale) != 0 {
+		t.Errorf("stale: %+v, %v; want nothing of theirs", stale, err)
+	}
+	if err := errors.Join(os.RemoveAll(path), os.Rename(theirs, path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := dev.Detach(t.Context()); err != nil {
+		t.Error(err)
+	}
+	checkNothingLeft(t, path)
+}
+
 // TestStaleMountWithoutLoop finds a process's mount that died before its loop device.
 func TestStaleMountWithoutLoop(t *testing.T) {
 	runDir := t.TempDir()
