@@ -533,7 +533,7 @@ func TestReplacedAgent(t *testing.T) {
 // TestUnhealthy: what is wrong is told of the nodes that answer.
 func TestUnhealthy(t *testing.T) {
 	c := newCluster(t, "a", "b")
-	id := c.create("v", "a")
+	id, other := c.create("v", "a"), c.create("w", "b")
 	c.down("a")
 	record := filepath.Join(c.nodes["a"].pool, "volumes", id, "volume.json")
 	if err := os.WriteFile(record, []byte("x"), 0o600); err != nil {
@@ -543,16 +543,19 @@ func TestUnhealthy(t *testing.T) {
 	var all []*csi.VolumeHealth
 	waitFor(t, "the agent that is back", func() (ok bool) {
 		var err error
-		all, err = c.router.Unhealthy(t.Context())
+		all, _, err = c.router.Unhealthy(t.Context())
 		return err == nil
 	})
 	if len(all) != 1 || all[0].GetVolumeId() != id || all[0].GetHealthStatuses()[0].GetReason() != "RecordDamaged" {
 		t.Errorf("unhealthy are %v", all)
 	}
 	c.down("b")
-	all, err := c.router.Unhealthy(t.Context())
+	all, asked, err := c.router.Unhealthy(t.Context())
 	if len(all) != 1 || err == nil || !strings.Contains(err.Error(), "node b") {
 		t.Errorf("with node b down: %v, %v", all, err)
+	}
+	if !asked(id) || asked(other) {
+		t.Errorf("with node b down: asked about a volume of node a: %t, of b: %t", asked(id), asked(other))
 	}
 }
 

@@ -18,9 +18,9 @@ type Events struct {
 	Recorder record.EventRecorder
 	// Volumes are the PersistentVolumes, with the index ByHandle.
 	Volumes cache.Indexer
-	// Unhealthy returns the volumes that something is wrong with; with an error,
-	// perhaps not all of them.
-	Unhealthy func(context.Context) ([]*csi.VolumeHealth, error)
+	// Unhealthy returns the volumes that something is wrong with. Of volumes for which
+	// asked is false nothing is known; with an error there may be some.
+	Unhealthy func(context.Context) (sick []*csi.VolumeHealth, asked func(id string) bool, err error)
 
 	told map[string]string // what was last told of a volume, by ID
 }
@@ -45,7 +45,7 @@ const reasonHealthy = "VolumeHealthy"
 // Tell looks at all volumes once. A volume whose node does not answer keeps
 // what was told of it.
 func (e *Events) Tell(ctx context.Context) error {
-	all, err := e.Unhealthy(ctx)
+	all, asked, err := e.Unhealthy(ctx)
 	if e.told == nil {
 		e.told = make(map[string]string)
 	}
@@ -61,16 +61,26 @@ func (e *Events) Tell(ctx context.Context) error {
 			e.told[id] = problems
 		}
 	}
-	if err != nil {
-		return err
-	}
 	for id := range e.told {
-		if !sick[id] {
+		switch {
+		case sick[id]:
+		case asked != nil && asked(id):
 			e.event(id, corev1.EventTypeNormal, reasonHealthy, "the volume is well again")
 			delete(e.told, id)
+		case len(e.volumes(id)) == 0:
+			delete(e.told, id) // there is nobody to be told any more
 		}
 	}
-	return nil
+	return err
+}
+
+// volumes returns the PersistentVolumes of a volume.
+func (e *Events) volumes(id string) []any {
+	objects, err := e.Volumes.ByIndex(ByHandle, id)
+	if err != nil {
+		return nil // without its index there are no PersistentVolumes at all
+	}
+	return objects
 }
 
 // summary says what is wrong with a volume, always in the same words.
@@ -86,10 +96,7 @@ func summary(health *csi.VolumeHealth) string {
 // event records an Event of the claim of a volume, and of its PersistentVolume.
 // It reports whether there is one.
 func (e *Events) event(id, kind, reason, message string) bool {
-	objects, err := e.Volumes.ByIndex(ByHandle, id)
-	if err != nil || len(objects) == 0 {
-		return false
-	}
+	objects := e.volumes(id)
 	for _, object := range objects {
 		pv := object.(*corev1.PersistentVolume)
 		var about runtime.Object = pv
@@ -98,5 +105,5 @@ func (e *Events) event(id, kind, reason, message string) bool {
 		}
 		e.Recorder.Event(about, kind, reason, message)
 	}
-	return true
+	return len(objects) > 0
 }

@@ -28,7 +28,10 @@ func TestEvents(t *testing.T) {
 	recorder.IncludeObject = true
 	var sick []*csi.VolumeHealth
 	var unknown error
-	events := &Events{Recorder: recorder, Volumes: index, Unhealthy: func(context.Context) ([]*csi.VolumeHealth, error) { return sick, unknown }}
+	silent := make(map[string]bool) // volumes of nodes that do not answer
+	events := &Events{Recorder: recorder, Volumes: index, Unhealthy: func(context.Context) ([]*csi.VolumeHealth, func(string) bool, error) {
+		return sick, func(id string) bool { return !silent[id] }, unknown
+	}}
 	health := func(id string, reasons ...string) *csi.VolumeHealth {
 		h := &csi.VolumeHealth{VolumeId: id}
 		for _, r := range reasons {
@@ -67,7 +70,14 @@ func TestEvents(t *testing.T) {
 	sick = []*csi.VolumeHealth{health("vol-a", "DeviceLost", "PoolFull"), health("vol-b", "ImageCorrupt")}
 	tell(false, "Warning ImageCorrupt ImageCorrupt: m"+volumeB) // of a, only the order is another
 	sick, unknown = nil, errors.New("a node does not answer")
+	silent["vol-a"], silent["vol-b"] = true, true
 	tell(true)
-	unknown = nil
-	tell(false, "Normal VolumeHealthy the volume is well again"+claimA, "Normal VolumeHealthy the volume is well again"+volumeB)
+	silent["vol-b"] = false // it is on another node, of which nothing needs to be waited for
+	tell(true, "Normal VolumeHealthy the volume is well again"+volumeB)
+	sick = []*csi.VolumeHealth{health("vol-b", "ImageCorrupt")}
+	tell(true, "Warning ImageCorrupt ImageCorrupt: m"+volumeB) // it is not the one from before
+	sick, unknown = nil, nil                                   // the node of a has left the cluster: nobody says that a is well
+	tell(false, "Normal VolumeHealthy the volume is well again"+volumeB)
+	silent["vol-a"] = false
+	tell(false, "Normal VolumeHealthy the volume is well again"+claimA)
 }
