@@ -177,14 +177,14 @@ func (d *Driver) csiVolume(v volume.Volume) *csi.Volume {
 	return out
 }
 
-// DeleteVolume implements csi.ControllerServer. A volume that is not here is
-// deleted already, whatever its ID looks like.
+// DeleteVolume implements csi.ControllerServer. A volume that is not in its pool is
+// deleted already, and so is what has no ID of ours.
 func (s controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	_, err := change(ctx, s.Driver, req.GetVolumeId(), func(ctx context.Context) (any, error) {
-		pool, err := s.pools.of(req.GetVolumeId())
+		pool, err := s.pools.toDelete(req.GetVolumeId())
 		if err != nil {
 			return nil, err
 		}

@@ -99,13 +99,13 @@ func csiSnapshot(s volume.Snapshot) *csi.Snapshot {
 	}
 }
 
-// DeleteSnapshot implements csi.ControllerServer. A snapshot that is not here
-// is deleted already, whatever its ID looks like.
+// DeleteSnapshot implements csi.ControllerServer. A snapshot that is not in its pool
+// is deleted already, and so is what has no ID of ours.
 func (s controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
 	if err := required("snapshot_id", req.GetSnapshotId()); err != nil {
 		return nil, err
 	}
-	pool, err := s.pools.of(req.GetSnapshotId())
+	pool, err := s.pools.toDelete(req.GetSnapshotId())
 	if err == nil {
 		err = pool.DeleteSnapshot(ctx, req.GetSnapshotId())
 	}

@@ -117,11 +117,13 @@ func (d *Driver) group(id string, snapshots []string) (*volume.Pool, volume.Grou
 	return pool, g, nil
 }
 
-// DeleteVolumeGroupSnapshot implements csi.GroupControllerServer. A group that is
-// not here is deleted already, whatever its ID looks like.
+// DeleteVolumeGroupSnapshot implements csi.GroupControllerServer. A group that is not
+// in its pool is deleted already, and so is what has no ID of ours.
 func (s groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.DeleteVolumeGroupSnapshotRequest) (*csi.DeleteVolumeGroupSnapshotResponse, error) {
 	pool, g, err := s.group(req.GetGroupSnapshotId(), req.GetSnapshotIds())
-	if err == nil {
+	if errors.Is(err, volume.ErrNotFound) {
+		_, err = s.pools.toDelete(req.GetGroupSnapshotId())
+	} else if err == nil {
 		err = pool.DeleteGroup(ctx, g.ID)
 	}
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {

@@ -88,9 +88,9 @@ func TestGroupSnapshot(t *testing.T) {
 	wantCode(t, "delete", remove(g.GetGroupSnapshotId(), ids[1], ids[0]), codes.OK)
 	wantCode(t, "delete again", remove(g.GetGroupSnapshotId(), ids...), codes.OK)
 	wantCode(t, "get deleted", get(g.GetGroupSnapshotId(), ids...), codes.NotFound)
-	for _, id := range badIDs {
+	for _, id := range append(badIDs, absentGroup) {
 		wantCode(t, "get "+id, get(id), codes.NotFound)
-		wantCode(t, "delete "+id, remove(id), codes.OK)
+		wantCode(t, "delete "+id, remove(id), deleted(id))
 	}
 	wantCode(t, "delete nothing", remove(""), codes.InvalidArgument)
 }
