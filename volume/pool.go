@@ -188,6 +188,9 @@ func (p *Pool) longestID(prefix string) string {
 
 func (p *Pool) takeLock() error {
 	f, err := p.dir.OpenFile(lockName, unix.O_RDWR|unix.O_CREAT, 0o600)
+	if errors.Is(err, unix.EPERM) { // an immutable mount point, see README.md
+		return fmt.Errorf("%w: mount its file system there", err)
+	}
 	if err != nil {
 		return err
 	}

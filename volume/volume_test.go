@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"csi-qcow2/internal/qemutest"
 	"csi-qcow2/qcow2"
 )
@@ -293,4 +295,31 @@ func TestDamagedRecordIsKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantBytes(t, p, well.ID, 0, 0, 4096)
+}
+
+// An empty mount point that is immutable does not become a pool, and the error says
+// what is missing there.
+func TestImmutableMountPoint(t *testing.T) {
+	const immutable = 0x10 // FS_IMMUTABLE_FL of linux/fs.h
+	dir := newFilesystem(t, "xfs")
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	set := func(flags int) {
+		t.Helper()
+		if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(immutable)
+	_, err = Open(t.Context(), dir, Options{})
+	set(0)
+	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "mount its file system") {
+		t.Errorf("open: %v, want what to mount", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("the mount point holds %v, %v", left, err)
+	}
 }
