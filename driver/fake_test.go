@@ -506,8 +506,15 @@ func withMode(c *csi.VolumeCapability, mode csi.VolumeCapability_AccessMode_Mode
 // volume makes a volume of 4 MiB.
 func (r *rig) volume(name string, source *csi.VolumeContentSource) string {
 	r.t.Helper()
-	resp, err := r.CreateVolume(r.t.Context(), &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: []*csi.VolumeCapability{mountCap("")},
-		CapacityRange: &csi.CapacityRange{RequiredBytes: 4 << 20}, VolumeContentSource: source})
+	return r.create(&csi.CreateVolumeRequest{Name: name, VolumeContentSource: source})
+}
+
+// create makes a volume of 4 MiB that request describes otherwise.
+func (r *rig) create(request *csi.CreateVolumeRequest) string {
+	r.t.Helper()
+	request.VolumeCapabilities = []*csi.VolumeCapability{mountCap("")}
+	request.CapacityRange = &csi.CapacityRange{RequiredBytes: 4 << 20}
+	resp, err := r.CreateVolume(r.t.Context(), request)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -17,7 +17,8 @@ import (
 //  2. A volume whose record says "formatted", or that was ever exposed as a raw
 //     device, is never formatted.
 //  3. A volume that nobody has written to is formatted: its record says so, and
-//     none of its clusters is allocated (unless they were allocated in advance).
+//     none of its clusters is allocated; of one that was allocated in advance both
+//     ends, where all that can be mounted or assembled has its mark, are zero.
 //  4. A volume whose record says "formatting" is formatted again: mkfs was
 //     interrupted, and nothing was ever mounted.
 //  5. The record says "formatting" durably before mkfs starts, and "formatted"
@@ -58,10 +59,15 @@ func (d *Driver) ensureFilesystem(ctx context.Context, pool *volume.Pool, vol vo
 
 // mayFormat applies rule 3 to a volume that rules 1 and 2 allow to format.
 func mayFormat(ctx context.Context, vol volume.Volume, v *stagedVolume) error {
-	if vol.Filesystem.State == volume.FilesystemFormatting || vol.Params.Preallocation != qcow2.PreallocationOff {
+	if vol.Filesystem.State == volume.FilesystemFormatting {
 		return nil
 	}
-	written, err := v.disk.Written(ctx)
+	written, err := false, error(nil)
+	if vol.Params.Preallocation == qcow2.PreallocationOff {
+		written, err = v.disk.Written(ctx)
+	} else {
+		written, err = marked(v.disk.Image)
+	}
 	if err != nil {
 		return err
 	}
@@ -69,6 +75,18 @@ func mayFormat(ctx context.Context, vol volume.Volume, v *stagedVolume) error {
 		return fmt.Errorf("%w: volume %s holds data that this driver did not write; it is not formatted", errPrecondition, vol.ID)
 	}
 	return nil
+}
+
+// marked reports whether there is anything in the first or the last MiB of image.
+func marked(image *qcow2.Image) (bool, error) {
+	b := qcow2.GetBuffer(int(min(endBytes, image.Size())))
+	defer qcow2.PutBuffer(b)
+	for _, off := range []int64{0, image.Size() - int64(len(b))} {
+		if _, err := image.ReadAt(b, off); err != nil || !qcow2.IsZero(b) {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 // format makes the filesystem, between its two records.

@@ -196,6 +196,14 @@ func TestFormatRules(t *testing.T) {
 			writeTo(t, r, id)
 			return id
 		}, mountCap("ext4"), 0, codes.FailedPrecondition},
+		{"allocated in advance", func(t *testing.T, r *rig) string {
+			return r.create(&csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"preallocation": "metadata"}})
+		}, mountCap("ext4"), 1, codes.OK},
+		{"allocated in advance, and written by somebody", func(t *testing.T, r *rig) string {
+			id := r.create(&csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"preallocation": "metadata"}})
+			writeTo(t, r, id)
+			return id
+		}, mountCap("ext4"), 0, codes.FailedPrecondition},
 		{"zeroes written by somebody are no data", func(t *testing.T, r *rig) string {
 			id := r.volume("v", nil)
 			d, err := r.pool.Open(t.Context(), id)
