@@ -184,6 +184,9 @@ func (w *usageWalk) walkIndex(rows [][]uint64, users []tableUser, index, column 
 	for i, s := range w.states {
 		var off HostOffset
 		if s.live {
+			if index >= s.l1Size { // a snapshot is of a longer disk
+				continue
+			}
 			var err error
 			if off, _, err = w.im.l2Table(w.im.l1.Load(), index); err != nil {
 				return err

@@ -284,3 +284,30 @@ func TestUsageUnderWriters(t *testing.T) {
 	wantUsage(t, path)
 	verifyFile(t, path)
 }
+
+// TestUsageBesideLongerSnapshot asks for the usage of a disk that an apply made
+// shorter than a snapshot of it.
+func TestUsageBesideLongerSnapshot(t *testing.T) {
+	const short, long = 64 << 10, 512 << 10 // 2 and 16 entries of an L1 table
+	im := useDisk(t, newDisk(t, short, qcow2.CreateOptions{ClusterSize: 512}), qcow2.Options{})
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "short"})
+	do(err)
+	do(im.Resize(t.Context(), long))
+	_, err = im.WriteAt(fill(512, 1), long-512)
+	do(err)
+	_, err = im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "long"})
+	do(err)
+	do(im.ApplySnapshot(t.Context(), s.ID))
+	u, err := im.SnapshotUsage(t.Context())
+	do(err)
+	// The cluster, its L2 table, and an L1 table of 16 entries.
+	if got := u.Snapshots[1].Unique; got != 3*512 {
+		t.Errorf("the longer snapshot holds %d bytes alone, want %d", got, 3*512)
+	}
+}
