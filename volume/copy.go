@@ -15,7 +15,8 @@ import (
 //  2. When nothing shows the source any more, neither the volume nor one of its
 //     snapshots, the backing file name leaves the header of the image. That is
 //     the commit: headers are what dependents are counted by.
-//  3. The record says that the volume is not pending, and the reaper removes
+//  3. The views of the volume are made anew, which named the backing file, too.
+//  4. The record says that the volume is not pending, and the reaper removes
 //     what the volume was the last dependent of.
 //
 // A process that dies on the way leaves a valid overlay. The next one goes on
@@ -161,6 +162,9 @@ func (p *Pool) copyEntry(ctx context.Context, e *entry) (err error) {
 		if err = errors.Join(err, d.Close()); err != nil || !dropped {
 			return err
 		}
+	}
+	if err := p.renewViews(ctx, e); err != nil {
+		return err
 	}
 	return p.updateRecord(e, func(r *volumeRecord) { r.Copy.Pending = false })
 }

@@ -228,3 +228,25 @@ func TestCopyBeginsOnce(t *testing.T) {
 	copyAll(t, p)
 	wantIndependent(t, p, c.ID, true)
 }
+
+// Stock QEMU reads a clone of a snapshot of a volume that has been copied since, also
+// when what that was made from is gone.
+func TestViewOfCopiedVolume(t *testing.T) {
+	const n = 1 << 20
+	p := newPool(t)
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, 8*n)
+	b := clone(t, p, "b", Source{Volume: a.ID}, CloneCopy)
+	s0 := snapshot(t, p, "s0", b.ID) // it shows the source: the link stays
+	copyAll(t, p)
+	s1 := snapshot(t, p, "s1", b.ID)
+	c := create(t, p, "c", Source{Snapshot: s1.ID})
+	remove(t, p, s0.ID)
+	reap(t, p)
+	copyAll(t, p)
+	wantIndependent(t, p, b.ID, true)
+	remove(t, p, a.ID)
+	reap(t, p)
+	wantBytes(t, p, c.ID, 0, 1, 8*n)
+	wantQEMU(t, imagePath(p, c.ID), 0, 1, 8*n)
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"regexp"
 	"slices"
@@ -211,16 +212,45 @@ func (p *Pool) ensureView(ctx context.Context, v viewRef) error {
 	if exists {
 		return nil
 	}
-	incoming := incomingName(v.Snapshot + ".qcow2")
-	if err := p.writeView(ctx, v, incoming); err != nil {
-		return errors.Join(spaceError(err), p.dir.Remove(incoming))
-	}
-	if err := p.dir.Publish(incoming, viewName(v)); err != nil {
+	if err := p.makeView(ctx, v, p.dir.Publish); err != nil {
 		return err
 	}
 	p.mu.Lock()
 	e.views[v.Snapshot] = true
 	p.mu.Unlock()
+	return nil
+}
+
+// makeView writes the view v aside, and gives it its name by put.
+func (p *Pool) makeView(ctx context.Context, v viewRef, put func(from, to string) error) error {
+	incoming := incomingName(v.Snapshot + ".qcow2")
+	if err := p.writeView(ctx, v, incoming); err != nil {
+		return errors.Join(spaceError(err), p.dir.Remove(incoming))
+	}
+	return put(incoming, viewName(v))
+}
+
+// renewViews makes the views of e anew, whose image has no backing file any more: they
+// name it still, and stock QEMU would look for it.
+func (p *Pool) renewViews(ctx context.Context, e *entry) error {
+	unlock, err := p.locks.visit(ctx, e.id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	p.mu.Lock()
+	snapshots := slices.Sorted(maps.Keys(e.views))
+	p.mu.Unlock()
+	for _, id := range snapshots {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		// As in copyEntry, an open that is given up would be in the way.
+		err := p.makeView(context.WithoutCancel(ctx), viewRef{e.id, id}, p.dir.Replace)
+		if err != nil && !errors.Is(err, qcow2.ErrSnapshotNotFound) { // the view of none is waste
+			return err
+		}
+	}
 	return nil
 }
 

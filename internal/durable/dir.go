@@ -137,18 +137,25 @@ func (d *Dir) Mkdir(name string) error {
 
 // Rename moves from to to, which must not exist, and syncs both parents.
 func (d *Dir) Rename(from, to string) error {
-	return d.change("rename "+from+" "+to, func() error {
-		return d.withParent(from, func(ffd int, fbase string) error {
-			return d.withParent(to, func(tfd int, tbase string) error {
-				if err := renameNoReplace(ffd, fbase, tfd, tbase); err != nil {
-					return err
-				}
-				// The new name first: losing the old one alone would lose the file.
-				if err := unix.Fsync(tfd); err != nil {
-					return err
-				}
-				return unix.Fsync(ffd)
-			})
+	return d.change("rename "+from+" "+to, func() error { return d.rename(from, to, renameNoReplace) })
+}
+
+// Replace is Rename of a file to the name of another, which goes.
+func (d *Dir) Replace(from, to string) error {
+	return d.change("replace "+from+" "+to, func() error { return d.rename(from, to, unix.Renameat) })
+}
+
+func (d *Dir) rename(from, to string, by func(ffd int, from string, tfd int, to string) error) error {
+	return d.withParent(from, func(ffd int, fbase string) error {
+		return d.withParent(to, func(tfd int, tbase string) error {
+			if err := by(ffd, fbase, tfd, tbase); err != nil {
+				return err
+			}
+			// The new name first: losing the old one alone would lose the file.
+			if err := unix.Fsync(tfd); err != nil {
+				return err
+			}
+			return unix.Fsync(ffd)
 		})
 	})
 }

@@ -226,3 +226,19 @@ func TestReadFileRefusesOddFiles(t *testing.T) {
 		}
 	}
 }
+
+func TestReplace(t *testing.T) {
+	d := openTestDir(t)
+	for _, name := range []string{"a", "b"} {
+		if err := d.WriteFile(name, []byte(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Replace("a", "b"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := d.ReadFile("b")
+	if left, listErr := d.List("."); err != nil || string(got) != "a" || listErr != nil || len(left) != 1 {
+		t.Errorf("got %q, %v, and %q, %v", got, err, left, listErr)
+	}
+}
