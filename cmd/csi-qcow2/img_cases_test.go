@@ -267,6 +267,8 @@ var imgCases = map[string][]imgCase{
 			convert -c -O qcow2 top.qcow2 c9.qcow2
 			convert -c -O qcow2 -o compression_type=zstd top.qcow2 c10.qcow2
 			convert -c -W -m 4 -O qcow2 -o cluster_size=4k raw.img c11.qcow2
+			convert -c -t writethrough -O qcow2 top.qcow2 c11w.qcow2
+			convert -c -t directsync -O qcow2 over.qcow2 c11d.qcow2
 			convert -W -m 16 -O qcow2 raw.img c12.qcow2
 			convert -O qcow2 comp.qcow2 c13.qcow2
 			convert -O qcow2 zstd.qcow2 c14.qcow2
@@ -408,6 +410,8 @@ var imgCases = map[string][]imgCase{
 			rebase -u -f qcow2 -b ../snap.qcow2 -F qcow2 sub/rel.qcow2
 			rebase -u -p -q -b snap.qcow2 -F qcow2 empty.qcow2
 			rebase -u -b raw.img -F raw v2.qcow2
+			rebase -u -t writethrough -b empty.qcow2 -F qcow2 prealloc.qcow2
+			rebase -u -t directsync -b empty.qcow2 -F qcow2 odd.qcow2
 			rebase -u -b nofile snap.qcow2
 			rebase -u -b nofile -F foo snap.qcow2
 			rebase -u -t foo -b nofile -F raw snap.qcow2

@@ -39,7 +39,7 @@ var (
 // New returns a Backend of d, which stays the caller's to close.
 func New(d qcow2.Disk, o Options) *Backend {
 	b := &Backend{disk: d, opts: o}
-	if im, ok := d.(*qcow2.Image); ok {
+	if im, ok := d.(interface{ Info() qcow2.Info }); ok { // an image, in whatever cache mode
 		info := im.Info()
 		b.fastZero = info.Version >= 3 // version 2 has no zero clusters
 		b.sparse = true

@@ -35,6 +35,37 @@ func ParseCacheMode(s string) (CacheMode, bool) {
 func (m CacheMode) direct() bool      { return m == CacheNone || m == CacheDirectsync }
 func (m CacheMode) syncsWrites() bool { return m == CacheWritethrough || m == CacheDirectsync }
 
+// A syncImage is an image whose changes of content are durable before they return; what
+// else an image can do is durable anyway.
+type syncImage struct {
+	*qcow2.Image
+	sync syncDisk
+}
+
+func (d syncImage) WriteAt(p []byte, off int64) (int, error) { return d.sync.WriteAt(p, off) }
+
+func (d syncImage) WriteZeroes(off, n int64, unmap bool) error {
+	return d.sync.WriteZeroes(off, n, unmap)
+}
+
+func (d syncImage) Discard(off, n int64) error { return d.sync.Discard(off, n) }
+
+// WriteCompressed is that of the image.
+func (d syncImage) WriteCompressed(p []byte, off int64) error {
+	if err := d.Image.WriteCompressed(p, off); err != nil {
+		return err
+	}
+	return d.Flush()
+}
+
+// synced returns disk with each change made durable before it returns.
+func synced(disk qcow2.Disk) qcow2.Disk {
+	if im, ok := disk.(*qcow2.Image); ok {
+		return syncImage{im, syncDisk{im}}
+	}
+	return syncDisk{disk}
+}
+
 // A syncDisk makes each change durable before it returns.
 type syncDisk struct{ qcow2.Disk }
 

@@ -168,7 +168,7 @@ func (op *opener) open(ctx context.Context, n *node, o nodeOptions, above *level
 		return opened{}, err
 	}
 	if op.opts.CacheMode.syncsWrites() && !o.readOnly {
-		res.disk = syncDisk{res.disk}
+		res.disk = synced(res.disk)
 	}
 	return res, nil
 }
