@@ -320,10 +320,15 @@ func (p *Pool) reapGroups() error {
 }
 
 // deadGroups returns the groups whose records nothing needs: no record of a
-// snapshot names them.
+// snapshot names them. One that cannot be read may.
 func (p *Pool) deadGroups() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for _, e := range p.volumes {
+		if e.rec == nil {
+			return nil
+		}
+	}
 	named := make(map[string]bool)
 	for id, e := range p.snapshots {
 		named[e.snapshots[id].Group] = true

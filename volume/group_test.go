@@ -228,3 +228,37 @@ func TestDamagedGroupIsKept(t *testing.T) {
 	remove(t, p, g.Snapshots[0].ID)
 	reap(t, p)
 }
+
+// A member of a deleted group whose record could not be read stays deleted when it is
+// mended.
+func TestDeletedMemberIsMended(t *testing.T) {
+	dir := storagetest.MemoryDir(t)
+	p := openPool(t, dir, Options{})
+	a, b := create(t, p, "a", Source{}), create(t, p, "b", Source{})
+	g, err := p.CreateGroup(t.Context(), "g", []string{a.ID, b.ID}, nil)
+	if err := errors.Join(err, p.Close()); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, snapshotRecName(g.Snapshots[1].Volume, g.Snapshots[1].ID))
+	good, err := os.ReadFile(name)
+	if err := errors.Join(err, os.WriteFile(name, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	p = openPool(t, dir, Options{})
+	if err := p.DeleteGroup(t.Context(), g.ID); err != nil {
+		t.Fatal(err)
+	}
+	reap(t, p)
+	if err := errors.Join(p.Close(), os.WriteFile(name, good, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	p = newPoolIn(t, dir)
+	if all, _, err := p.ListSnapshots(SnapshotFilter{}, "", 0); err != nil || len(all) > 0 {
+		t.Errorf("snapshots that are there again: %+v, %v", all, err)
+	}
+	remove(t, p, a.ID, b.ID)
+	reap(t, p)
+	if left := files(t, dir); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
