@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // A File is what the cache reads tables from and writes them back to. Its
@@ -40,6 +41,11 @@ type Options struct {
 	// It is for tests that enumerate the states in which a process can be killed;
 	// with it, no call returns while a pass that it has waited for still runs.
 	OnStore func()
+	// ClaimWait is how long after New a Get or Create waits for the images that a
+	// predecessor had open, where their dirty tables leave it no room: a process that opens
+	// many images, and serves each from then on, does not fail requests to the first
+	// because of the last. Zero means ErrUnclaimed at once.
+	ClaimWait time.Duration
 	// Lock locks the memory of the arena, so that it is never paged out.
 	Lock bool
 }
@@ -91,6 +97,9 @@ type Cache struct {
 	closed  bool      // guarded by mu
 
 	unclaimed map[[16]byte]*Handle // those of handles that wait for their image; guarded by mu
+
+	claims   atomic.Pointer[chan struct{}] // closed and replaced when an image is claimed, or forgotten
+	patience time.Time                     // when ClaimWait ends
 }
 
 // New returns a cache: an empty one, or, with the Path of an arena whose process
@@ -126,6 +135,8 @@ func New(o Options) (*Cache, error) {
 		unclaimed: map[[16]byte]*Handle{},
 	}
 	c.publishHandlesLocked()
+	c.claims.Store(new(make(chan struct{})))
+	c.patience = time.Now().Add(o.ClaimWait)
 	if err := c.adopt(left); err != nil {
 		return nil, errors.Join(&ArenaError{Path: o.Path, Msg: err.Error()}, a.unmap())
 	}

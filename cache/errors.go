@@ -22,7 +22,7 @@ var (
 	ErrArenaLayout = errors.New("cache: arena of another layout")
 	// ErrUnclaimed is returned by Get and Create when all ways of a set hold
 	// dirty tables of images that a predecessor had open and this process has not
-	// opened yet. Open or Forget what Unclaimed lists, and try again.
+	// opened in Options.ClaimWait. Open or Forget what Unclaimed lists, and try again.
 	ErrUnclaimed = errors.New("cache: no room beside the tables of images that are not open yet")
 )
 

@@ -16,7 +16,8 @@ import (
 //     cannot be written back does not hold up the others;
 //   - all ways are pinned or loading: wait for one. That ends, because nobody
 //     waits for a way with a table pinned;
-//   - all ways belong to images that are not open yet: ErrUnclaimed.
+//   - all ways belong to images that are not open yet: wait for one of those, but
+//     not for long (Options.ClaimWait).
 func (c *Cache) vacateLocked(s *set, n int) (way int, retry func() error) {
 	for w := range s.keys {
 		if s.keys[w].Load() == 0 && s.sealLocked(w) {
@@ -84,7 +85,7 @@ func (c *Cache) vacateLocked(s *set, n int) (way int, retry func() error) {
 		}
 	}
 	if unclaimed == 1<<ways-1 {
-		return 0, func() error { return ErrUnclaimed }
+		return 0, c.awaitClaim(s)
 	}
 	return 0, wait(s.awaitLocked(busy))
 }

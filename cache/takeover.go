@@ -1,6 +1,9 @@
 package cache
 
-import "fmt"
+import (
+	"fmt"
+	"time"
+)
 
 // Taking over: a new process maps the arena of one that was killed. Every
 // dirty slot is adopted where it is, by a handle without a file that keeps its
@@ -161,7 +164,34 @@ func (c *Cache) Forget(id [16]byte) error {
 	if h == nil {
 		return nil
 	}
+	defer c.wakeUnclaimed()
 	return h.Discard()
+}
+
+// awaitClaim returns what waits until an image whose tables fill set s is claimed or
+// forgotten, and is ErrUnclaimed when that takes too long. s.mu is held.
+func (c *Cache) awaitClaim(s *set) func() error {
+	claimed := *c.claims.Load()
+	for w := range s.keys {
+		if k := key(s.keys[w].Load()); k == 0 || !c.owner(k).unclaimed.Load() {
+			return func() error { return nil } // since the look
+		}
+	}
+	return func() error {
+		timer := time.NewTimer(time.Until(c.patience))
+		defer timer.Stop()
+		select {
+		case <-claimed:
+			return nil
+		case <-timer.C:
+			return ErrUnclaimed
+		}
+	}
+}
+
+// wakeUnclaimed wakes all who wait in awaitClaim; they look again.
+func (c *Cache) wakeUnclaimed() {
+	close(*c.claims.Swap(new(make(chan struct{}))))
 }
 
 // isOpenLocked reports whether the image id has an open handle.
@@ -190,6 +220,7 @@ func (c *Cache) claimLocked(h *Handle, f File, o HandleOptions) error {
 	defer h.mu.Unlock()
 	h.unclaimed.Store(false)
 	c.addDirty(h.DirtyTables())
+	c.wakeUnclaimed()
 	return nil
 }
 

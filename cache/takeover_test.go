@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 )
 
 // arenaPath returns where a test puts its arena.
@@ -176,5 +177,36 @@ func TestUnclaimedTablesAreKept(t *testing.T) {
 		if got := load(t, h2, int64(i)*4096, 0); got != uint64(i)+1 {
 			t.Errorf("table %d: %d, want %d", i, got, i+1)
 		}
+	}
+}
+
+// TestUnclaimedTablesAreWaitedFor does the same with a successor that says how long
+// it takes to open its images: others wait until it has, or has forgotten one.
+func TestUnclaimedTablesAreWaitedFor(t *testing.T) {
+	for _, forget := range []bool{false, true} {
+		c := newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t)})
+		f := newRecorder(0)
+		o := HandleOptions{ID: [16]byte{1}}
+		h := open(t, c, f, o)
+		for i := range ways {
+			store(t, h, 0, int64(i)*4096, 0, uint64(i)+1)
+		}
+		c2 := newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c), ClaimWait: time.Hour})
+		other := open(t, c2, newRecorder(0), HandleOptions{ID: [16]byte{2}})
+		s, n := c2.set(other.seed, 0)
+		s.mu.Lock()
+		_, wait := c2.vacateLocked(s, n) // as a Get that comes too early
+		s.mu.Unlock()
+		if forget {
+			if err := c2.Forget(o.ID); err != nil {
+				t.Error(err)
+			}
+		} else {
+			open(t, c2, f, o)
+		}
+		if err := wait(); err != nil {
+			t.Errorf("the wait for a way: %v", err)
+		}
+		get(t, other, 0, 0).Unpin()
 	}
 }

@@ -36,6 +36,9 @@ const (
 	arenaRecordName = "arena.json"
 	arenaKind       = "csi-qcow2 cache"
 	arenaVersion    = 1
+
+	// claimWait is how long requests to images that were taken over wait for the other images.
+	claimWait = time.Minute
 )
 
 type arenaRecord struct {
@@ -60,7 +63,7 @@ func openArena(ctx context.Context, wait time.Duration, runDir string, bytes int
 			return nil, err
 		}
 	}
-	o := cache.Options{Bytes: bytes, Path: a.path, Lock: true}
+	o := cache.Options{Bytes: bytes, Path: a.path, Lock: true, ClaimWait: claimWait}
 	err = waitFor(ctx, wait, cache.ErrInUse, func() error {
 		a.Cache, err = cache.New(o)
 		return err
