@@ -170,6 +170,26 @@ func TestImgWithoutSpace(t *testing.T) {
 	}
 }
 
+// TestImgEmptyNames gives names that are empty, as variables in a script are.
+func TestImgEmptyNames(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuScript(t, "qemu-img create -q -f qcow2 a.qcow2 1M")
+	for _, args := range [][]string{
+		{"create", "-f", "qcow2", "-b", "", "-F", "qcow2", "new", "1M"}, {"create", "-f", "qcow2", "-b", "", "new", "1M"},
+		{"create", "-f", "qcow2", "-u", "-b", "", "new", "1M"}, {"create", "-f", "qcow2", "-o", "backing_file=", "new", "1M"},
+		{"convert", "-O", "qcow2", "-B", "", "a.qcow2", "new"}, {"convert", "-O", "qcow2", "-o", "backing_file=", "a.qcow2", "new"},
+		{"info", ""}, {"info", "--output=json", "--backing-chain", ""}, {"map", ""}, {"check", ""}, {"snapshot", "-l", ""},
+		{"resize", "", "2M"}, {"create", "-f", "qcow2", "", "1M"}, {"convert", "-O", "qcow2", "a.qcow2", ""}, {"convert", "-O", "qcow2", "", "new"},
+	} {
+		if r := runImg(t, args...); r.code != 1 || r.stderr == "" || r.stdout != "" && args[0] != "create" {
+			t.Errorf("%q: %+v, want a refusal", args, r)
+		}
+		if _, err := os.Lstat("new"); err == nil {
+			t.Fatalf("%q has made an image", args)
+		}
+	}
+}
+
 // TestImgProgress looks at the display while it moves.
 func TestImgProgress(t *testing.T) {
 	t.Chdir(t.TempDir())

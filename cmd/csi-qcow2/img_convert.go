@@ -72,7 +72,9 @@ func (v *imgConversion) set(c *imgContext, o imgOption) (err error) {
 	case "O":
 		v.outFormat = o.arg
 	case "B":
-		v.backing = o.arg
+		if v.backing = o.arg; o.arg == "" {
+			return errNoBackingName
+		}
 	case "F":
 		v.backingFormat = o.arg
 	case "C":

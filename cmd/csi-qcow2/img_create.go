@@ -27,6 +27,7 @@ func imgCreate(c *imgContext, args []string) error {
 		backing, backingFormat string
 		lists                  []string
 		quiet, unchecked       bool
+		noBacking              bool // -b was given, without a name
 	)
 	for _, o := range opts {
 		switch o.name {
@@ -35,7 +36,7 @@ func imgCreate(c *imgContext, args []string) error {
 		case "F":
 			backingFormat = o.arg
 		case "b":
-			backing = o.arg
+			backing, noBacking = o.arg, o.arg == ""
 		case "f":
 			format = o.arg
 		case "o":
@@ -69,6 +70,9 @@ func imgCreate(c *imgContext, args []string) error {
 		return imgUsagef("Unexpected argument: %s", operands[2])
 	}
 	t, err := newImgTarget(name, format, list, backing, backingFormat)
+	if err == nil && noBacking {
+		err = errNoBackingName
+	}
 	if err == nil {
 		err = t.prepare(c, size, unchecked)
 	}
@@ -98,6 +102,10 @@ type imgTarget struct {
 	device bool // create found a block device: it has content, and no file to empty
 }
 
+// errNoBackingName refuses a backing file that was asked for and not named: by a variable that is not set,
+// most likely. The image would miss what it was to have.
+var errNoBackingName = imgErrorf("Expected backing file name, got empty string")
+
 // newImgTarget takes the parameters of a new image from the command line.
 func newImgTarget(name, format, list, backing, backingFormat string) (*imgTarget, error) {
 	params, err := newImgParams(format)
@@ -118,6 +126,9 @@ func newImgTarget(name, format, list, backing, backingFormat string) (*imgTarget
 			return nil, imgErrorf("%s not supported for file format '%s'", p.what, format)
 		}
 		params.set(p.name, p.value)
+	}
+	if name, given := params.values["backing_file"]; given && name == "" {
+		return nil, errNoBackingName
 	}
 	return &imgTarget{name: name, params: params}, nil
 }

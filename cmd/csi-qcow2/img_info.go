@@ -80,7 +80,7 @@ type imageInfo struct {
 func (c *imgContext) chainInfo(name, format string, share, chain bool) ([]imageInfo, error) {
 	var infos []imageInfo
 	var seen []os.FileInfo
-	for name != "" {
+	for first := true; first || name != ""; first = false { // the name that is asked for may be "", and is none
 		if path := imagefile.HostPath(name); path != "" {
 			if st, err := os.Stat(path); err == nil {
 				for _, above := range seen {
