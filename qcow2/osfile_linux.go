@@ -54,8 +54,9 @@ type OSFile struct {
 	oneWriter bool       // the kernel admits one write at a time
 	turn      sync.Mutex // with oneWriter: held over the I/O of a write that inTurn is for
 
-	sync sync.Mutex // one Datasync at a time; held over it
-	lost error      // of the first Datasync that failed; guarded by sync
+	sync  sync.Mutex    // one Datasync at a time; held over it
+	syncs atomic.Uint64 // how many have begun; changed under sync
+	lost  error         // of the first Datasync that failed; guarded by sync
 }
 
 var _ File = (*OSFile)(nil)
@@ -395,11 +396,16 @@ func (f *OSFile) fill(b []byte, off int64) error {
 func (f *OSFile) alignUp(n int64) int64 { return (n + f.blockAlign - 1) &^ (f.blockAlign - 1) }
 
 // Datasync implements File. Once it has failed it always does: the kernel tells of
-// lost writes once, and of two calls at a time only one.
-func (f *OSFile) Datasync() error {
+// lost writes once, and of two calls at a time only one. So one runs at a time, and
+// all who come while it does share the next.
+func (f *OSFile) Datasync() error { return f.datasyncAfter(f.syncs.Load()) }
+
+// datasyncAfter is Datasync for a caller that came when seen had begun.
+func (f *OSFile) datasyncAfter(seen uint64) error {
 	f.sync.Lock()
 	defer f.sync.Unlock()
-	if f.lost == nil {
+	if f.lost == nil && f.syncs.Load() == seen {
+		f.syncs.Add(1)
 		f.lost = f.wrap("fdatasync", ignoringEINTR(func() error { return unix.Fdatasync(int(f.fd.Load())) }))
 	}
 	return f.lost

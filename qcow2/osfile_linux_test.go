@@ -284,3 +284,26 @@ func TestSyncThatFailedStaysFailed(t *testing.T) {
 		t.Errorf("flush after one that failed: %v, want its error", err)
 	}
 }
+
+// TestOSFileSyncsAreShared calls Datasync while one runs, which does not cover what was
+// written since: the next one does, for all who wait.
+func TestOSFileSyncsAreShared(t *testing.T) {
+	f := newOSFile(t, filepath.Join(t.TempDir(), "f"), FileOptions{})
+	came := f.syncs.Load()
+	for want := came + 1; want < came+4; want++ {
+		if err := f.Datasync(); err != nil {
+			t.Fatal(err)
+		}
+		if got := f.syncs.Load(); got != want {
+			t.Errorf("%d syncs have begun, want %d", got, want)
+		}
+	}
+	for range 3 { // who came before them, and waited
+		if err := f.datasyncAfter(came); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := f.syncs.Load(); got != came+3 {
+		t.Errorf("%d syncs have begun, want %d", got, came+3)
+	}
+}
