@@ -58,6 +58,7 @@ type volumeRecord struct {
 	Filesystem Filesystem `json:"filesystem"`
 	Copy       Copy       `json:"copy,omitzero"`
 	Revert     string     `json:"revert,omitempty"`     // ID of the snapshot that the volume is being reverted to
+	RevertFrom uint64     `json:"revertFrom,omitempty"` // where the image's active L1 table was before that
 	Open       bool       `json:"open,omitempty"`       // the image is open read-write, or its last user died
 	Generation uint64     `json:"generation,omitempty"` // grows whenever the image is opened with nothing left of its last user
 	Deleted    bool       `json:"deleted,omitempty"`    // tombstone

@@ -22,8 +22,9 @@ import (
 //
 // The record names the snapshot first, then the image changes, then the record
 // says what the volume is now. Who opens the image in between goes on from there
-// (see openImage), so that a crash leaves the old state or the new one. After an
-// error that came before the image changed, the record says so no more.
+// (see openDurably), so that a crash leaves the old state or the new one. After an
+// error that came before the image changed, the record says so no more: what is
+// refused must not happen later, nor keep the volume from being used as it is.
 func (p *Pool) Revert(ctx context.Context, id, snapshot string) (Volume, error) {
 	return detach(ctx, p, func(ctx context.Context) (Volume, error) {
 		if _, _, err := p.record(id); err != nil {
@@ -87,18 +88,10 @@ func (p *Pool) revert(ctx context.Context, e *entry, snapshot string) (err error
 	if err != nil {
 		return err
 	}
-	if err := p.updateRecord(e, func(r *volumeRecord) { r.Revert = snapshot }); err != nil {
+	if err := p.updateRecord(e, func(r *volumeRecord) { r.Revert, r.RevertFrom = snapshot, before }); err != nil {
 		return err
 	}
-	if err := p.finishRevert(ctx, e, d.Image); err != nil {
-		err = spaceError(fmt.Errorf("revert volume %s: %w", e.id, err))
-		// What is refused must not happen later, when somebody opens the volume.
-		if after, lookErr := p.activeTable(e.id); lookErr == nil && after == before {
-			err = errors.Join(err, p.updateRecord(e, func(r *volumeRecord) { r.Revert = "" }))
-		}
-		return err
-	}
-	return nil
+	return p.finishRevert(ctx, e, d.Image)
 }
 
 // activeTable returns where the header of the image of the volume id says that its
@@ -116,8 +109,24 @@ func (p *Pool) activeTable(id string) (uint64, error) {
 	return binary.BigEndian.Uint64(h[40:]), nil
 }
 
-// finishRevert reverts im, the image of e, as its record says. It can be repeated.
+// finishRevert reverts im, the image of e, as its record says. It can be repeated,
+// unless it has failed before anything changed.
 func (p *Pool) finishRevert(ctx context.Context, e *entry, im *qcow2.Image) error {
+	err := p.applyRevert(ctx, e, im)
+	if err == nil {
+		return nil
+	}
+	err = spaceError(fmt.Errorf("revert volume %s: %w", e.id, err))
+	p.mu.Lock()
+	from := e.rec.RevertFrom
+	p.mu.Unlock()
+	if now, lookErr := p.activeTable(e.id); lookErr == nil && now == from {
+		err = errors.Join(err, p.updateRecord(e, func(r *volumeRecord) { r.Revert, r.RevertFrom = "", 0 }))
+	}
+	return err
+}
+
+func (p *Pool) applyRevert(ctx context.Context, e *entry, im *qcow2.Image) error {
 	p.mu.Lock()
 	rec, snap := *e.rec, e.snapshots[e.rec.Revert]
 	linked := e.backing != nil
@@ -134,7 +143,7 @@ func (p *Pool) finishRevert(ctx context.Context, e *entry, im *qcow2.Image) erro
 		}
 	}
 	return p.updateRecord(e, func(r *volumeRecord) {
-		r.Revert, r.Size, r.Filesystem = "", im.Size(), snap.Filesystem
+		r.Revert, r.RevertFrom, r.Size, r.Filesystem = "", 0, im.Size(), snap.Filesystem
 		if linked && r.Params.CloneMode == CloneCopy { // what the snapshot shows of the source is to be copied again
 			r.Copy.Pending, r.Copy.Done = true, 0
 		}

@@ -159,3 +159,39 @@ func TestRevertWithoutSpace(t *testing.T) {
 	}
 	wantBytes(t, p, a.ID, 0, 1, n)
 }
+
+// A revert that the process did not live to begin, and that cannot be done now, keeps
+// nobody from the volume as it is.
+func TestRevertThatCannotBeFinished(t *testing.T) {
+	const n = 1 << 20
+	var full atomic.Bool
+	dir := storagetest.MemoryDir(t)
+	p := openPool(t, dir, Options{})
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, n)
+	s := snapshot(t, p, "s", a.ID)
+	write(t, p, a.ID, 0, 2, n)
+	from, err := p.activeTable(a.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = p.updateRecord(p.find(a.ID), func(r *volumeRecord) { r.Revert, r.RevertFrom = s.ID, from })
+	if err := errors.Join(err, p.Close()); err != nil {
+		t.Fatal(err)
+	}
+	p = openPool(t, dir, Options{wrapFile: func(f qcow2.File) qcow2.File { return fullFile{f, &full} }})
+	full.Store(true)
+	if _, err := p.Open(t.Context(), a.ID); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("open: got %v, want ErrNoSpace", err)
+	}
+	wantBytes(t, p, a.ID, 0, 2, n)
+	full.Store(false)
+	wantBytes(t, p, a.ID, 0, 2, n)
+	if _, err := p.Revert(t.Context(), a.ID, s.ID); err != nil {
+		t.Fatal(err)
+	}
+	wantBytes(t, p, a.ID, 0, 1, n)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
