@@ -45,7 +45,8 @@ type SnapshotRequest struct {
 // CreateSnapshots takes a snapshot of each of several images, as CreateSnapshot
 // does, at one point in time: a write that is in one of them was issued before
 // every write that is in none. All or none exist when it returns; after a crash
-// in between, some may. No image may occur twice.
+// in between, some may, and after an error on a host that is full, which lets none be
+// removed again: Snapshots tells. No image may occur twice.
 func CreateSnapshots(ctx context.Context, requests []SnapshotRequest) ([]Snapshot, error) {
 	return CreateSnapshotsWithin(ctx, requests, func(cut func()) error {
 		cut()
@@ -159,7 +160,11 @@ func (m *member) finish(ctx context.Context, err error) error {
 	}
 	undone := im.failed() == nil
 	if undone && m.committed {
-		undone = im.removeRecord(m.record.id) == nil
+		if err := im.removeRecord(m.record.id); err != nil {
+			_, there := findSnapshot(im.snapshots(), m.record.id)
+			im.cut.Store(nil) // if it stays, for lack of space, it is whole
+			return errors.Join(err, im.endDirty(there == nil && im.failed() == nil))
+		}
 	}
 	if undone && m.cut != nil {
 		undone = im.undoCut(ctx, m.cut) == nil

@@ -119,3 +119,39 @@ func TestSnapshotChangesWithoutSpace(t *testing.T) {
 	err = errors.Join(im.DeleteSnapshot(t.Context(), ids[0]), im.ApplySnapshot(t.Context(), ids[1]))
 	wantUndone(t, d, im, err, nil)
 }
+
+// TestGroupUndoWithoutSpace lets a member of a group fail when another has its
+// snapshot already, which then cannot be removed for lack of space: it stays, and
+// both images are whole.
+func TestGroupUndoWithoutSpace(t *testing.T) {
+	var disks []*storagetest.Disk
+	var images []*qcow2.Image
+	var requests []qcow2.SnapshotRequest
+	for i := range uint64(2) {
+		d := newDisk(t, 1<<20, qcow2.CreateOptions{ClusterSize: 4096})
+		im := useDisk(t, d, qcow2.Options{})
+		if _, err := im.WriteAt(fill(1<<18, i), 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := im.CreateSnapshot(t.Context(), qcow2.Snapshot{Name: "before"}); err != nil {
+			t.Fatal(err)
+		}
+		disks, images = append(disks, d), append(images, im)
+		requests = append(requests, qcow2.SnapshotRequest{Image: im, Snapshot: qcow2.Snapshot{Name: "group"}})
+	}
+	// The first needs space for an L1 table and a snapshot table, and then no more.
+	disks[0].Inject(&storagetest.Fault{Ops: storagetest.OpAllocate, N: 3, Err: syscall.ENOSPC, Sticky: true})
+	disks[1].Inject(&storagetest.Fault{Ops: storagetest.OpAllocate, N: 1, Err: syscall.ENOSPC, Sticky: true})
+	_, err := qcow2.CreateSnapshots(t.Context(), requests)
+	for i, im := range images {
+		wantUndone(t, disks[i], im, err, syscall.ENOSPC)
+		if got, want := len(im.Snapshots()), 2-i; got != want {
+			t.Errorf("image %d has %d snapshots, want %d", i, got, want)
+		}
+		disks[i].Clear()
+	}
+	if err := images[0].DeleteSnapshot(t.Context(), "group"); err != nil {
+		t.Error(err)
+	}
+	wantUndone(t, disks[0], images[0], err, syscall.ENOSPC)
+}
