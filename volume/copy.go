@@ -135,6 +135,13 @@ func (p *Pool) pauseCopy(id string) (resume func()) {
 	}
 }
 
+// setWaiting says whether the copier leaves e alone until a snapshot is deleted.
+func (p *Pool) setWaiting(e *entry, waiting bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e.copy.waiting = waiting
+}
+
 // retryCopy lets the copier look at e again when it waited for a snapshot.
 func (p *Pool) retryCopy(e *entry) {
 	p.mu.Lock()
@@ -176,7 +183,13 @@ func (p *Pool) copyDisk(ctx context.Context, e *entry, d *Disk, state Copy) (dro
 		if err := p.populate(ctx, e, d, &state); err != nil {
 			return false, err
 		}
+		// Before the look: a snapshot that goes behind it wakes the copier again.
+		p.setWaiting(e, true)
 		dropped, err := d.Image.DropBacking(ctx)
+		if err == nil && !dropped && state.Copied == before {
+			return false, nil
+		}
+		p.setWaiting(e, false)
 		if err != nil {
 			return false, err
 		}
@@ -187,12 +200,6 @@ func (p *Pool) copyDisk(ctx context.Context, e *entry, d *Disk, state Copy) (dro
 			p.mu.Unlock()
 			p.wakeReaper()
 			return true, nil
-		}
-		if state.Copied == before {
-			p.mu.Lock()
-			e.copy.waiting = true
-			p.mu.Unlock()
-			return false, nil
 		}
 		// The record may have said too much: go over all of it, which copies nothing
 		// when it did not.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"csi-qcow2/internal/qemutest"
 	"csi-qcow2/internal/storagetest"
+	"csi-qcow2/qcow2"
 )
 
 // clone makes a clone of source with the mode.
@@ -249,4 +251,52 @@ func TestViewOfCopiedVolume(t *testing.T) {
 	reap(t, p)
 	wantBytes(t, p, c.ID, 0, 1, 8*n)
 	wantQEMU(t, imagePath(p, c.ID), 0, 1, 8*n)
+}
+
+// A readHook calls hook when off is read.
+type readHook struct {
+	qcow2.File
+	off  *atomic.Int64
+	hook func()
+}
+
+func (f readHook) ReadAt(b []byte, off int64) (int, error) {
+	if off != 0 && off == f.off.Load() {
+		f.hook()
+	}
+	return f.File.ReadAt(b, off)
+}
+
+// A snapshot that goes when the copier has just looked at it makes it look again.
+func TestCopyAfterASnapshotThatGoes(t *testing.T) {
+	const n = 1 << 20
+	var table atomic.Int64 // of the snapshot, in the image
+	var p *Pool
+	var c Volume
+	hook := func() { p.retryCopy(p.find(c.ID)) } // as removeSnapshots does
+	p = openPool(t, storagetest.MemoryDir(t), Options{wrapFile: func(f qcow2.File) qcow2.File { return readHook{f, &table, hook} }})
+	defer p.Close()
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, n)
+	c = clone(t, p, "c", Source{Volume: a.ID}, CloneCopy)
+	s := snapshot(t, p, "s", c.ID)
+	d := open(t, p, c.ID)
+	off, _, err := d.Image.L1TableOf(s.ID)
+	if err := errors.Join(err, d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	table.Store(int64(off))
+	copyAll(t, p)
+	if all := p.Copies(); len(all) != 1 || all[0].Waiting {
+		t.Errorf("got %+v, want one that is tried again", all)
+	}
+	table.Store(0)
+	copyAll(t, p)
+	if all := p.Copies(); len(all) != 1 || !all[0].Waiting {
+		t.Errorf("got %+v, want one that waits for its snapshot", all)
+	}
+	remove(t, p, s.ID)
+	reap(t, p)
+	copyAll(t, p)
+	wantIndependent(t, p, c.ID, true)
 }
