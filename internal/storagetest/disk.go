@@ -31,6 +31,13 @@ type page struct {
 	sum    atomic.Uint64 // hash of b: 0 unknown, 1 all zeroes
 }
 
+// freeze freezes p. One that is frozen may be another disk's too, and is not written.
+func (p *page) freeze() {
+	if !p.frozen {
+		p.frozen = true
+	}
+}
+
 // A Disk is a simulated host file. The zero value is not usable: see NewDisk.
 type Disk struct {
 	mu     sync.Mutex
@@ -125,7 +132,7 @@ func (d *Disk) Fork() *Disk {
 	defer d.mu.Unlock()
 	for _, p := range d.durable {
 		if p != nil {
-			p.frozen = true
+			p.freeze()
 		}
 	}
 	c.durable, c.durableSize = maps.Clone(d.durable), d.durableSize
@@ -138,7 +145,7 @@ func (d *Disk) freeze() map[int64]*page {
 	m := make(map[int64]*page, len(d.pages))
 	for i, p := range d.pages {
 		if p != nil {
-			p.frozen = true
+			p.freeze()
 			m[i] = p
 		}
 	}
@@ -409,7 +416,7 @@ func (d *Disk) edit(i int64) *page {
 	p := d.pages[i]
 	if _, ok := d.durable[i]; !ok {
 		if p != nil {
-			p.frozen = true
+			p.freeze()
 		}
 		d.durable[i] = p
 	}
