@@ -280,7 +280,7 @@ func (k fakeHost) Unmount(target string, _ bool) error {
 }
 
 // Format writes to the volume, so that an interrupted one leaves clusters.
-func (k fakeHost) Format(_ context.Context, fstype, device string) error {
+func (k fakeHost) Format(_ context.Context, fstype, device string, _ bool) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.stepLocked(); err != nil {

@@ -54,7 +54,9 @@ func (d *Driver) ensureFilesystem(ctx context.Context, pool *volume.Pool, vol vo
 	if err := d.opts.Host.ReadEnds(v.device.Path()); err != nil {
 		return "", fmt.Errorf("volume %s is not formatted, its device cannot be read: %w", vol.ID, err)
 	}
-	return fstype, d.format(ctx, pool, vol.ID, fstype, v.device.Path())
+	// Of what was allocated in advance only the ends are known, and what mkfs has left is no zeroes.
+	zeroed := known.State != volume.FilesystemFormatting && vol.Params.Preallocation == qcow2.PreallocationOff
+	return fstype, d.format(ctx, pool, vol.ID, fstype, v.device.Path(), zeroed)
 }
 
 // mayFormat applies rule 3 to a volume that rules 1 and 2 allow to format.
@@ -90,12 +92,12 @@ func marked(image *qcow2.Image) (bool, error) {
 }
 
 // format makes the filesystem, between its two records.
-func (d *Driver) format(ctx context.Context, pool *volume.Pool, id, fstype, device string) error {
+func (d *Driver) format(ctx context.Context, pool *volume.Pool, id, fstype, device string, zeroed bool) error {
 	if err := pool.SetFilesystem(id, volume.Filesystem{State: volume.FilesystemFormatting, Type: fstype}); err != nil {
 		return err
 	}
 	klog.FromContext(ctx).V(2).Info("formatting", "volumeID", id, "device", device, "fsType", fstype)
-	if err := d.opts.Host.Format(ctx, fstype, device); err != nil {
+	if err := d.opts.Host.Format(ctx, fstype, device, zeroed); err != nil {
 		return fmt.Errorf("format volume %s: %w", id, err)
 	}
 	return pool.SetFilesystem(id, volume.Filesystem{State: volume.FilesystemFormatted, Type: fstype})

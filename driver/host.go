@@ -17,8 +17,9 @@ type Host interface {
 	// uses the mount, and takes away what is mounted below it too.
 	Unmount(target string, lazy bool) error
 
-	// Format makes a filesystem on device, whatever is there.
-	Format(ctx context.Context, fstype, device string) error
+	// Format makes a filesystem on device, whatever is there. zeroed says that nothing
+	// but zeroes is.
+	Format(ctx context.Context, fstype, device string, zeroed bool) error
 	// Check repairs what can be repaired without loss, and fails otherwise.
 	Check(ctx context.Context, fstype, device string) error
 	// GrowsMounted reports whether this process may grow a mounted fstype.
