@@ -184,7 +184,7 @@ func (s controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolum
 		return nil, err
 	}
 	_, err := change(ctx, s.Driver, req.GetVolumeId(), func(ctx context.Context) (any, error) {
-		pool, err := s.pools.toDelete(req.GetVolumeId())
+		pool, err := s.pools.here(req.GetVolumeId())
 		if err != nil {
 			return nil, err
 		}

@@ -105,7 +105,7 @@ func (s controllerServer) DeleteSnapshot(ctx context.Context, req *csi.DeleteSna
 	if err := required("snapshot_id", req.GetSnapshotId()); err != nil {
 		return nil, err
 	}
-	pool, err := s.pools.toDelete(req.GetSnapshotId())
+	pool, err := s.pools.here(req.GetSnapshotId())
 	if err == nil {
 		err = pool.DeleteSnapshot(ctx, req.GetSnapshotId())
 	}

@@ -122,7 +122,7 @@ func (d *Driver) group(id string, snapshots []string) (*volume.Pool, volume.Grou
 func (s groupServer) DeleteVolumeGroupSnapshot(ctx context.Context, req *csi.DeleteVolumeGroupSnapshotRequest) (*csi.DeleteVolumeGroupSnapshotResponse, error) {
 	pool, g, err := s.group(req.GetGroupSnapshotId(), req.GetSnapshotIds())
 	if errors.Is(err, volume.ErrNotFound) {
-		_, err = s.pools.toDelete(req.GetGroupSnapshotId())
+		_, err = s.pools.here(req.GetGroupSnapshotId())
 	} else if err == nil {
 		err = pool.DeleteGroup(ctx, g.ID)
 	}

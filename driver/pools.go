@@ -56,9 +56,9 @@ func (p pools) of(id string) (*volume.Pool, error) {
 	return p.byID[pool8], nil
 }
 
-// toDelete is of for a call that deletes. Only where its pool is can be said that
-// something of ours is gone: of a pool whose disk is not mounted nothing is.
-func (p pools) toDelete(id string) (*volume.Pool, error) {
+// here is of for those who act when something is gone. Only where its pool is can that
+// be said of something of ours: of a pool whose disk is not mounted nothing is gone.
+func (p pools) here(id string) (*volume.Pool, error) {
 	pool, err := p.of(id)
 	if pool8, notOurs := volume.PoolOf(id); err != nil && notOurs == nil {
 		return nil, fmt.Errorf("%w: %s is in the pool %s, which this node does not have now; bring that back, or, if it is lost, remove what Kubernetes keeps of it by hand",

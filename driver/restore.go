@@ -155,6 +155,9 @@ func (d *Driver) reattach(ctx context.Context, v *stagedVolume) (_ *stagedVolume
 	if v.hint.Lost || v.hint.Cache != d.opts.CacheID {
 		return nil, errCacheLost
 	}
+	if _, err := d.pools.here(v.hint.Volume); err != nil {
+		return nil, err
+	}
 	pool, vol, err := d.get(v.hint.Volume)
 	if err != nil {
 		return nil, err

@@ -1,12 +1,15 @@
 package driver
 
 import (
+	"context"
 	"slices"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"csi-qcow2/volume"
 )
 
 // replace replaces the driver as the death of its process does where the kernel keeps devices (nbd).
@@ -175,4 +178,38 @@ func TestHeldDeviceIsRemovedLater(t *testing.T) {
 		t.Error(err)
 	}
 	r.wantClean()
+}
+
+// TestRestoreWithoutThePool: a volume whose pool this process has not is not given up;
+// the next one, which has it, goes on with the device.
+func TestRestoreWithoutThePool(t *testing.T) {
+	r := newRig(t)
+	id := r.volume("v", nil)
+	if err := r.stage(id, blockCap()); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	pool := r.pool
+	other, err := volume.Open(t.Context(), t.TempDir(), volume.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.pool, r.defers = other, true
+	r.start()
+	_, err = r.driver.reattach(t.Context(), r.driver.returning[0].v)
+	if err == nil || final(err) || codeOf(err) != codes.Unavailable {
+		t.Errorf("take over without the pool: %v, want to try again", err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	r.driver.Restore(ended)
+	r.stop()
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
+	r.pool, r.defers = pool, false
+	r.start()
+	if reasons := r.reasons(id); len(reasons) > 0 {
+		t.Errorf("health with the pool: %q", reasons)
+	}
 }
