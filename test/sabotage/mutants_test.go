@@ -276,8 +276,8 @@ var mutants = []mutant{
 	{
 		name: "E9: a renamed file is not made durable in its directory",
 		file: "internal/durable/dir.go",
-		old:  "				if err := unix.Fsync(tfd); err != nil {\n					return err\n				}\n				return unix.Fsync(ffd)",
-		new:  "				return nil",
+		old:  "			if err := unix.Fsync(tfd); err != nil {\n				return err\n			}\n			return unix.Fsync(ffd)",
+		new:  "			return nil",
 		pkg:  "test/powerloss", run: "TestPoolOutlivesPowerLoss/ext4",
 	},
 	{
