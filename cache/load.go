@@ -241,11 +241,11 @@ func (h *Handle) makeDirty(i slotIndex) {
 	}
 }
 
-// addDirtyLocked counts dirty tables. Those of a failed handle are not counted
-// against the cache: no pass can clean them.
+// addDirtyLocked counts dirty tables. Those of a handle that has failed, or is not
+// claimed, are not counted against the cache: no pass can clean them.
 func (h *Handle) addDirtyLocked(n int) {
 	h.ndirty.Add(int64(n))
-	if h.failure.Load() == nil {
+	if h.failure.Load() == nil && !h.unclaimed.Load() {
 		h.c.addDirty(n)
 	}
 }

@@ -210,3 +210,21 @@ func TestUnclaimedTablesAreWaitedFor(t *testing.T) {
 		get(t, other, 0, 0).Unpin()
 	}
 }
+
+// TestForgottenTablesAreNotCounted forgets tables that a predecessor left: the
+// background writer must not believe that fewer are dirty than are.
+func TestForgottenTablesAreNotCounted(t *testing.T) {
+	c := newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t)})
+	o := HandleOptions{ID: [16]byte{1}}
+	h := open(t, c, newRecorder(0), o)
+	for i := range 3 {
+		store(t, h, 0, int64(i)*4096, 0, 1)
+	}
+	c2 := newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c)})
+	if err := c2.Forget(o.ID); err != nil {
+		t.Fatal(err)
+	}
+	if n := c2.dirty.Load(); n != 0 {
+		t.Errorf("%d tables count as dirty, want 0", n)
+	}
+}
