@@ -592,3 +592,26 @@ func TestResizeUnderWrites(t *testing.T) {
 		}
 	}
 }
+
+// TestDiscardLimitOfAnEarlierUser attaches where an earlier user of the loop device has forbidden discards, which
+// the kernel keeps, and in newer versions takes nothing back of.
+func TestDiscardLimitOfAnEarlierUser(t *testing.T) {
+	a, _ := newAttacher(t)
+	b := newBackend(t, 8<<20)
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loop := strings.TrimSpace(run(t, "losetup", "--find", "--show", file))
+	queue := filepath.Join("/sys/block", filepath.Base(loop), "queue/discard_max_bytes")
+	err := os.WriteFile(queue, []byte("0"), 0)
+	run(t, "losetup", "--detach", loop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := attach(t, a, b, nbdexport.DeviceOptions{ID: "vol-1.g1", Discard: true}) // the lowest that is free: the same
+	queue = filepath.Join("/sys/block", filepath.Base(dev.Path()), "queue/discard_max_bytes")
+	if limit := strings.TrimSpace(readFile(t, queue)); limit == "0" {
+		t.Errorf("%s takes no discards", dev.Path())
+	}
+}

@@ -99,7 +99,8 @@
 //   - Direct I/O works on it and is asynchronous with FUSE_ASYNC_DIO and FOPEN_PARALLEL_DIRECT_WRITES.
 //   - PUNCH_HOLE means a discard or zeroes that may be unmapped: it must leave zeroes. EOPNOTSUPP for it makes
 //     the driver write zeroes out and give up discards, until the device is set up again.
-//   - queue/discard_max_bytes, once written, stays with the loop device after LOOP_CLR_FD, for its next user.
+//   - queue/discard_max_bytes, once written, stays with the loop device after LOOP_CLR_FD, for its next user. After 0
+//     it takes nothing else (EINVAL): only LOOP_CTL_REMOVE helps.
 //   - LOOP_CLR_FD with other openers succeeds and only marks the device autoclear; LOOP_SET_STATUS64 takes the mark off.
 //   - LOOP_GET_STATUS64 asks the file system of the backing file, and fails or hangs with it; sysfs does not.
 //   - The FUSE driver drops the size of a GETATTR when a write has ended since it asked. LOOP_SET_CAPACITY takes

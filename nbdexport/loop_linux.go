@@ -64,16 +64,41 @@ func makeLoop(c loopConfig, _ []*os.File) (l loopDevice, err error) {
 		return loopDevice{}, fmt.Errorf("open %q: %w", c.Path, err)
 	}
 	defer unix.Close(fd) // the loop device has its own reference
-	l, err = configureLoop(fd, c)
+	l, err = setUpLoop(fd, c)
+	if errors.Is(err, errDiscardLimit) {
+		l.remove()
+		l, err = setUpLoop(fd, c)
+	}
+	return l, err
+}
+
+// setUpLoop sets a free loop device up over the open file fd. With an error the device it names is free again.
+func setUpLoop(fd int, c loopConfig) (loopDevice, error) {
+	l, err := configureLoop(fd, c)
 	if err != nil {
 		return loopDevice{}, err
 	}
 	if err := l.check(c); err != nil {
 		// Its path was never handed out. Nothing is written back, so nothing is lost.
 		_, clearErr := clearLoop(loopRemoval{loopDevice: l, Wait: detachWait}, nil)
-		return loopDevice{}, errors.Join(err, clearErr)
+		return l, errors.Join(err, clearErr)
 	}
 	return l, nil
+}
+
+// remove takes a free device from the kernel, with all that its users have set: the next one of its
+// number is new. One that somebody has taken, or looks at, stays.
+func (l loopDevice) remove() {
+	n, err := strconv.Atoi(strings.TrimPrefix(l.Name, "loop"))
+	if err != nil {
+		return
+	}
+	control, err := os.OpenFile(loopControl, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer control.Close()
+	_ = unix.IoctlSetInt(int(control.Fd()), unix.LOOP_CTL_REMOVE, n)
 }
 
 // check completes a new device.
@@ -154,8 +179,11 @@ func (l loopDevice) bound() (bool, error) {
 	return path != "" && filepath.Base(path) == l.File, err
 }
 
+// errDiscardLimit reports that a device cannot have discards because of what an earlier user has set.
+var errDiscardLimit = errors.New("nbdexport: limit of discards")
+
 // allowDiscard lifts a limit on discards that an earlier user of the loop device wrote: the
-// kernel keeps it when the device is set up anew.
+// kernel keeps it when the device is set up anew. Newer ones take no other limit after 0, see errDiscardLimit.
 func (l loopDevice) allowDiscard() error {
 	limit, err := sysfsValue(l.Name, "queue/discard_max_bytes")
 	if err != nil || limit != "0" {
@@ -170,7 +198,11 @@ func (l loopDevice) allowDiscard() error {
 		return err
 	}
 	// The kernel wants a multiple of the granularity.
-	return setSysfsValue(l.Name, "queue/discard_max_bytes", strconv.FormatUint(n&^(fuse.BlockSize-1), 10))
+	err = setSysfsValue(l.Name, "queue/discard_max_bytes", strconv.FormatUint(n&^(fuse.BlockSize-1), 10))
+	if errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w: %w", errDiscardLimit, err)
+	}
+	return err
 }
 
 // A loopSize is a device with a size in bytes.
