@@ -253,7 +253,7 @@ func (p *Pool) build(ctx context.Context, rec volumeRecord, image imageMaker) (V
 		return Volume{}, errors.Join(spaceError(err), p.dir.RemoveAll(dir))
 	}
 	if err := p.dir.Publish(dir, volumeDir(rec.ID)); err != nil {
-		return Volume{}, err
+		return Volume{}, errors.Join(err, p.takeBack(dir, volumeDir(rec.ID)))
 	}
 	e := newEntry(rec.ID)
 	e.rec, e.backing = &rec, backing
@@ -262,6 +262,16 @@ func (p *Pool) build(ctx context.Context, rec volumeRecord, image imageMaker) (V
 	p.countDependent(e, 1)
 	p.mu.Unlock()
 	return rec.volume(), nil
+}
+
+// takeBack undoes a publication from dir to name that has failed. It may have its name
+// all the same, only not durably: nobody would know it, nor what it reads from, until
+// the next start, and no retry could take the name.
+func (p *Pool) takeBack(dir, name string) error {
+	if left, err := p.dir.Exists(dir); left || err != nil {
+		return err
+	}
+	return p.dir.Rename(name, dir)
 }
 
 // fill makes the files of a new volume in dir. The record is written last, and

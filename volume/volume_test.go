@@ -5,11 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"csi-qcow2/internal/qemutest"
+	"csi-qcow2/internal/storagetest"
 	"csi-qcow2/qcow2"
 )
 
@@ -322,4 +324,39 @@ func TestImmutableMountPoint(t *testing.T) {
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("the mount point holds %v, %v", left, err)
 	}
+}
+
+// A creation whose last step has failed is not there, and can be done again: what it
+// reads from has not gone meanwhile.
+func TestCreateAgainAfterAFailedPublication(t *testing.T) {
+	const n = 1 << 20
+	dir := storagetest.MemoryDir(t)
+	var fail atomic.Bool
+	step := func(what string) error {
+		if strings.HasPrefix(what, "after rename "+incomingDir+"/vol-") && fail.Swap(false) {
+			return unix.EIO
+		}
+		return nil
+	}
+	p := openPool(t, dir, Options{step: step})
+	a := create(t, p, "a", Source{})
+	write(t, p, a.ID, 0, 1, n)
+	fail.Store(true)
+	req := CreateRequest{Name: "c", Params: DefaultParams(), Source: Source{Volume: a.ID}}
+	if _, err := p.Create(t.Context(), req); !errors.Is(err, unix.EIO) {
+		t.Fatalf("got %v, want EIO", err)
+	}
+	reap(t, p)
+	if _, err := p.Create(t.Context(), req); err != nil {
+		t.Errorf("again: %v", err)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p = newPoolIn(t, dir)
+	c, err := p.Create(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantBytes(t, p, c.ID, 0, 1, n)
 }
