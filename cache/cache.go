@@ -127,13 +127,13 @@ func New(o Options) (*Cache, error) {
 	a.onStore = o.OnStore
 	c := &Cache{
 		arena:     a,
-		marks:     marks{arena: a},
 		sets:      make([]set, a.slots/ways),
 		slots:     make([]slot, a.slots),
 		kick:      make(chan struct{}, 1),
 		handles:   make([]*Handle, 1),
 		unclaimed: map[[16]byte]*Handle{},
 	}
+	c.marks.init(a)
 	c.publishHandlesLocked()
 	c.claims.Store(new(make(chan struct{})))
 	c.patience = time.Now().Add(o.ClaimWait)

@@ -17,7 +17,7 @@ import (
 //	                      and markCheck of the other two
 //
 // The last mark is for all images that find no free one: its identity is zero,
-// and with it every image counts as failed.
+// and with it every image counts as failed for a successor.
 const (
 	maxMarks  = (headerSize - headerBytes) / markBytes
 	markBytes = 24
@@ -40,8 +40,16 @@ func markCheck(lo, hi uint64) uint64 { return (mix(mix(lo)^hi) | 4) &^ uint64(ma
 
 // marks are the marks of an arena.
 type marks struct {
-	arena *arena
-	mu    sync.Mutex // a leaf: nothing is locked under it
+	arena     *arena
+	inherited bool                  // a predecessor has set the last mark: for whom, is not known
+	mu        sync.Mutex            // a leaf: nothing is locked under it
+	unnamed   map[[16]byte]struct{} // those of this process whom the last mark is for; guarded by mu
+}
+
+func (m *marks) init(a *arena) {
+	m.arena, m.unnamed = a, map[[16]byte]struct{}{}
+	_, last := m.load(maxMarks - 1)
+	m.inherited = last != markNone
 }
 
 func (m *marks) word(i, n int) *uint64 { return m.arena.headerWord(headerWords + i*markWords + n) }
@@ -75,7 +83,7 @@ func (m *marks) of(id [16]byte) markKind {
 		_, k := m.load(i)
 		return k
 	}
-	if _, k := m.load(maxMarks - 1); k != markNone {
+	if _, unnamed := m.unnamed[id]; unnamed || m.inherited {
 		return markGone
 	}
 	return markNone
@@ -96,6 +104,7 @@ func (m *marks) set(id [16]byte, k markKind) {
 		}
 	}
 	if i < 0 {
+		m.unnamed[id] = struct{}{}
 		i, id, k = maxMarks-1, [16]byte{}, markGone
 	}
 	lo, hi := idWords(id)
@@ -110,6 +119,12 @@ func (m *marks) clear(id [16]byte) {
 	defer m.mu.Unlock()
 	if i := m.findLocked(id); i >= 0 {
 		m.arena.store(m.word(i, 2), 0)
+	}
+	if _, unnamed := m.unnamed[id]; unnamed {
+		delete(m.unnamed, id)
+		if len(m.unnamed) == 0 && !m.inherited {
+			m.arena.store(m.word(maxMarks-1, 2), 0)
+		}
 	}
 }
 

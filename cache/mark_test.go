@@ -183,3 +183,41 @@ func TestDamagedMarkIsRefused(t *testing.T) {
 		b[at] ^= 1 << (bit % 8)
 	}
 }
+
+// TestMarksWithoutNameEnd closes more failed images than there are marks: no image
+// counts as failed for another's sake, and after the last none for a successor.
+func TestMarksWithoutNameEnd(t *testing.T) {
+	c := newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t)})
+	id := func(i int) [16]byte { return [16]byte{1, byte(i), byte(i >> 8)} }
+	marked := func(c *Cache, id [16]byte) bool {
+		h := open(t, c, newRecorder(0), HandleOptions{ID: id})
+		marked, _ := h.Marked()
+		if err := h.Discard(); err != nil {
+			t.Error(err)
+		}
+		return marked
+	}
+	var failed []*Handle
+	for i := range maxMarks + 5 {
+		h := open(t, c, newRecorder(0), HandleOptions{ID: id(i)})
+		h.Fail(errors.New("failed"))
+		failed = append(failed, h)
+	}
+	if marked(c, id(9999)) {
+		t.Error("an image is marked that has not failed")
+	}
+	for i := len(failed) - 1; i >= 0; i-- { // those without a mark of their own first
+		if i == maxMarks-1 && !marked(newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c)}), id(9999)) {
+			t.Error("a successor takes an image without a mark for sound")
+		}
+		if err := failed[i].Discard(); err != nil {
+			t.Error(err)
+		}
+	}
+	if marked(c, id(maxMarks+1)) {
+		t.Error("an image that was closed is still marked")
+	}
+	if marked(newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c)}), id(maxMarks+1)) {
+		t.Error("an image that was closed is marked for a successor")
+	}
+}
