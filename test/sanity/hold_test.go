@@ -48,7 +48,7 @@ func (p *process) holderPID() int {
 func (p *process) killHolder() {
 	if pid := p.holderPID(); pid > 0 {
 		syscall.Kill(pid, syscall.SIGKILL)
-		p.wait("the end of the holder", func() bool { return p.holderPID() == 0 })
+		p.wait("the end of the holder", func() bool { return p.holderPID() != pid }) // the next may be there already
 	}
 }
 
