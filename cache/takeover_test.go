@@ -153,17 +153,23 @@ func TestArenaAfterCloseIsEmpty(t *testing.T) {
 	}
 }
 
-// TestUnclaimedTablesAreKept fills a set with tables of an image that is not
-// open after the takeover: others get an error, not its place.
-func TestUnclaimedTablesAreKept(t *testing.T) {
+// takenOverFull returns a cache, with ClaimWait wait, whose killed predecessor left a set full of
+// tables of one image, the file of that, and what opens it.
+func takenOverFull(t *testing.T, wait time.Duration) (*Cache, *recorder, HandleOptions) {
+	t.Helper()
 	c := newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t)})
-	f := newRecorder(0)
-	o := HandleOptions{ID: [16]byte{1}}
+	f, o := newRecorder(0), HandleOptions{ID: [16]byte{1}}
 	h := open(t, c, f, o)
 	for i := range ways {
 		store(t, h, 0, int64(i)*4096, 0, uint64(i)+1)
 	}
-	c2 := newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c)})
+	return newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c), ClaimWait: wait}), f, o
+}
+
+// TestUnclaimedTablesAreKept fills a set with tables of an image that is not
+// open after the takeover: others get an error, not its place.
+func TestUnclaimedTablesAreKept(t *testing.T) {
+	c2, f, o := takenOverFull(t, 0)
 	other := open(t, c2, newRecorder(0), HandleOptions{ID: [16]byte{2}})
 	if _, err := other.Get(0, 0); !errors.Is(err, ErrUnclaimed) {
 		t.Errorf("Get: %v, want ErrUnclaimed", err)
@@ -184,14 +190,7 @@ func TestUnclaimedTablesAreKept(t *testing.T) {
 // it takes to open its images: others wait until it has, or has forgotten one.
 func TestUnclaimedTablesAreWaitedFor(t *testing.T) {
 	for _, forget := range []bool{false, true} {
-		c := newArenaCache(t, Options{Bytes: minBytes, Path: arenaPath(t)})
-		f := newRecorder(0)
-		o := HandleOptions{ID: [16]byte{1}}
-		h := open(t, c, f, o)
-		for i := range ways {
-			store(t, h, 0, int64(i)*4096, 0, uint64(i)+1)
-		}
-		c2 := newArenaCache(t, Options{Bytes: minBytes, Path: kill(t, c), ClaimWait: time.Hour})
+		c2, f, o := takenOverFull(t, time.Hour)
 		other := open(t, c2, newRecorder(0), HandleOptions{ID: [16]byte{2}})
 		s, n := c2.set(other.seed, 0)
 		s.mu.Lock()

@@ -13,6 +13,19 @@ import (
 	"csi-qcow2/internal/storagetest"
 )
 
+// wantMended checks that the last volume of the pool in dir is n bytes of 1, which its
+// source had, and that nothing stays when it goes.
+func wantMended(t *testing.T, dir, id string, n int) {
+	t.Helper()
+	p := newPoolIn(t, dir)
+	wantBytes(t, p, id, 0, 1, n)
+	remove(t, p, id)
+	reap(t, p)
+	if left := files(t, dir); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
+
 // A volume whose image cannot be read keeps nobody from using the others, and
 // nothing goes that it may read: neither when its source is deleted, nor when its
 // name's hidden snapshot is asked for again. Mended, it is what it was.
@@ -65,13 +78,7 @@ func TestUnreadImageKeepsWhatItMayRead(t *testing.T) {
 			if err := errors.Join(os.RemoveAll(disk), os.WriteFile(disk, good, 0o600)); err != nil {
 				t.Fatal(err)
 			}
-			p = newPoolIn(t, dir)
-			wantBytes(t, p, c.ID, 0, 1, n)
-			remove(t, p, c.ID)
-			reap(t, p)
-			if left := files(t, dir); len(left) > 0 {
-				t.Errorf("left: %q", left)
-			}
+			wantMended(t, dir, c.ID, n)
 		})
 	}
 }
@@ -122,13 +129,7 @@ func TestUnreadDirectoryHarmsNobodyElse(t *testing.T) {
 			if err := errors.Join(os.Remove(lost), os.Rename(away, lost)); err != nil {
 				t.Fatal(err)
 			}
-			p = newPoolIn(t, dir)
-			wantBytes(t, p, c.ID, 0, 1, n)
-			remove(t, p, c.ID)
-			reap(t, p)
-			if left := files(t, dir); len(left) > 0 {
-				t.Errorf("left: %q", left)
-			}
+			wantMended(t, dir, c.ID, n)
 		})
 	}
 }
